@@ -1,0 +1,121 @@
+"""Quantisation methods: weight -> codes, scales, table. METHODS is the registry; a method is a function.
+
+Each method has the signature ``quantize(weight, spec, table, scale_dtype) -> QuantizedWeight`` and works
+row by row, so a matrix may be quantised in blocks of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flute.errors import FormatError
+from flute.format import QuantizedWeight, QuantSpec
+from flute.methods import absmax, mse
+from flute.tables import TABLES, TableLike, get_table
+
+Method = Callable[[Tensor, QuantSpec, Tensor, torch.dtype], QuantizedWeight]
+
+METHODS: dict[str, Method] = {
+    "mse": mse.quantize,
+    "nf": absmax.quantize,
+    "int": absmax.quantize,
+    "fp": absmax.quantize,
+    "table": absmax.quantize,
+}
+"""Name -> method. "mse" searches the scales of any table (nf unless told otherwise); "nf", "int" and
+"fp" are absmax rounding to that family, "table" to a table of yours."""
+
+
+def resolve_table(method: str, table: TableLike | None, num_bits: int) -> Tensor:
+    """Return the table a method uses when the user named ``table`` (None: the method's own).
+
+    Raises:
+        FormatError: an unknown method, a table that contradicts it, or none for "table".
+    """
+    if method not in METHODS:
+        raise FormatError(f"`method` is {method!r}; expected one of {tuple(METHODS)}.")
+    if method in TABLES:
+        if table is not None and not (
+            isinstance(table, str) and table.removesuffix(str(num_bits)) == method
+        ):
+            raise FormatError(
+                f"method={method!r} always uses the {method} table; drop `table`, or use "
+                "method='table' (absmax) or 'mse' (searched scales) with it."
+            )
+        return get_table(method, num_bits)
+    if table is None and method == "table":
+        raise FormatError(
+            "method='table' needs `table`: a name, a list, a tensor or a file of "
+            f"{1 << num_bits} numbers."
+        )
+    return get_table("nf" if table is None else table, num_bits)
+
+
+def quantize(
+    weight: Tensor,
+    num_bits: int = 4,
+    group_size: int = 64,
+    *,
+    method: str = "mse",
+    table: TableLike | None = None,
+    scale_dtype: torch.dtype = torch.bfloat16,
+) -> QuantizedWeight:
+    """Quantise one matrix.
+
+    Chooses codes, scales and table so that
+    ``weight[n, k] ~ table[codes[n, k]] * scales[n, k // group_size]``.
+
+    Args:
+        weight: fp16, bf16 or fp32, finite, shape (N, K); a CPU or CUDA tensor.
+        num_bits: bits per weight: 2, 3 or 4.
+        group_size: weights per scale: 32, 64, 128, 256, or -1 for the whole row. Smaller is more
+            accurate and costs 16 / group_size bits per weight.
+        method: "mse" (scales of least squared error, the default) or "nf", "int", "fp", "table"
+            (absmax scales, rounded to that table).
+        table: a name, list, tensor or file of ``2**num_bits`` numbers, or N rows of them; by default
+            the method's own ("nf" for "mse").
+        scale_dtype: dtype of the stored scales: fp16, bf16 or fp32.
+
+    Returns:
+        The quantised matrix, on the device of ``weight``.
+
+    Raises:
+        FormatError: a wrong dtype or shape, NaN or Inf, K not a multiple of the group, a bad table.
+    """
+    spec = QuantSpec(num_bits, group_size)
+    check_weight(weight, "weight")
+    spec.group_length(weight.shape[1])
+    entries = resolve_table(method, table, num_bits).to(weight.device)
+    return METHODS[method](weight.float(), spec, entries, scale_dtype)
+
+
+def check_weight(weight: Tensor, name: str) -> None:
+    """Check that a dense weight can be quantised.
+
+    Raises:
+        FormatError: not a floating-point matrix, empty, or NaN or Inf in it; the message names it.
+    """
+    if weight.ndim != 2 or not weight.numel():
+        raise FormatError(f"`{name}` has shape {tuple(weight.shape)}; expected (N, K), not empty.")
+    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise FormatError(f"`{name}` is {weight.dtype}; expected float16, bfloat16 or float32.")
+    check_finite(weight, name)
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Check a tensor for NaN and Inf.
+
+    Raises:
+        FormatError: it holds some; the message counts them and gives the first position.
+    """
+    finite = torch.isfinite(tensor)
+    if bool(finite.all()):
+        return
+    first = tuple(int(i) for i in (~finite).nonzero()[0])
+    raise FormatError(
+        f"`{name}` holds {int((~finite).sum())} NaN or Inf of {tensor.numel()} values, the first "
+        f"({tensor[first].item()}) at {first}. Repair the checkpoint; nothing was quantised."
+    )

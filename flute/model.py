@@ -1,0 +1,281 @@
+"""Models: which linear layers are quantised, and the replacement of layers in memory.
+
+Owns the choice of layers (`plan_model`), shared by everything that quantises: models in memory (here),
+checkpoints on disk (`flute.checkpoint`) and quantise-on-load (`flute.integrations.huggingface`).
+
+    QuantizeOptions (what the user asked for) + model's modules -> CheckpointConfig (what will be done)
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flute.errors import FormatError, UnsupportedProblemError
+from flute.format import GROUP_SIZES, SCALE_DTYPES, WHOLE_ROW, CheckpointConfig, QuantizedWeight
+from flute.linear import LutLinear
+from flute.methods import METHODS, check_weight, resolve_table
+from flute.tables import TABLES, TableLike
+
+ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
+"""Last components of the names of MoE routers: tiny, and every token's path hangs on them."""
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What to quantise a model to.
+
+    Args:
+        num_bits: bits per weight: 2, 3 or 4.
+        group_size: weights per scale: 32, 64, 128, 256, or -1 for the whole row.
+        method: a name in `flute.methods.METHODS`; "mse" needs no data and is the default.
+        table: table of the method, by name, list, tensor or file; None is the method's own. With N
+            rows (one table per output row) it fits only layers of N outputs.
+        scale_dtype: "float16", "bfloat16" or "float32"; None is the model's own 16-bit dtype, and
+            bfloat16 for an fp32 model.
+        skip: patterns of layer names to leave dense, such as "lm_head" or "*.layers.0.*".
+
+    Raises:
+        FormatError: a value out of range, or a table that does not fit.
+    """
+
+    num_bits: int = 4
+    group_size: int = 64
+    method: str = "mse"
+    table: TableLike | None = None
+    scale_dtype: str | None = None
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "skip", tuple(self.skip))
+        CheckpointConfig(self.num_bits, self.group_size)
+        resolve_table(self.method, self.table, self.num_bits)
+        if self.scale_dtype not in (None, *SCALE_DTYPES):
+            raise FormatError(
+                f"`scale_dtype` is {self.scale_dtype!r}; expected one of {tuple(SCALE_DTYPES)}, or "
+                "None for the model's own."
+            )
+
+    @property
+    def table_name(self) -> str:
+        """The table's family, or "custom"."""
+        if self.method in TABLES:
+            return self.method
+        name = "nf" if self.table is None else self.table
+        family = name.removesuffix(str(self.num_bits)) if isinstance(name, str) else ""
+        return family if family in TABLES else "custom"
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """Which layers of a model are quantised, and how.
+
+    Args:
+        config: goes into the checkpoint; names the linears left dense and the overrides.
+        shapes: full name of each layer to quantise -> (N, K).
+        dense: full name of each other layer or expert tensor with 2-D or 3-D weights -> why it stays
+            dense.
+    """
+
+    config: CheckpointConfig
+    shapes: Mapping[str, tuple[int, int]]
+    dense: Mapping[str, str] = field(default_factory=dict)
+
+
+def plan_model(model: nn.Module, options: QuantizeOptions, prefix: str = "") -> ModelPlan:
+    """Choose the layers to quantise: every `nn.Linear` but output heads, routers and skipped names.
+
+    A layer whose K is no multiple of the group size takes the largest smaller group that divides it,
+    with a warning.
+
+    Args:
+        model: a model, on any device ("meta" suffices).
+        options: what the user asked for.
+        prefix: put before each name, for a module that is part of a model.
+
+    Raises:
+        FormatError: a layer that no group fits; the message names every such layer.
+        UnsupportedProblemError: nothing is left to quantise.
+    """
+    linears = {
+        prefix + name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
+    dense = _dense_by_kind(model, prefix)
+    for name in linears:
+        if any(matches(name, pattern) for pattern in options.skip):
+            dense[name] = "skipped by pattern"
+    shapes = {
+        name: (module.out_features, module.in_features)
+        for name, module in linears.items()
+        if name not in dense
+    }
+    if not shapes:
+        raise UnsupportedProblemError(
+            f"{type(model).__name__} has no linear layer to quantise ({len(linears)} in all, "
+            f"{len(dense)} left dense: {', '.join(sorted(set(dense.values()))) or 'none found'})."
+        )
+    config = CheckpointConfig(
+        num_bits=options.num_bits,
+        group_size=options.group_size,
+        method=options.method,
+        table=options.table_name,
+        table_scope=_table_scope(options, shapes),
+        scale_dtype=options.scale_dtype or _own_scale_dtype(linears[name] for name in shapes),
+        modules_to_not_convert=tuple(name for name in linears if name in dense),
+        overrides=_fit_groups(shapes, options.group_size),
+    )
+    return ModelPlan(config, shapes, dense)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Tell whether a module name is the pattern, ends in it as whole components, or fits its wildcards."""
+    return fnmatch(name, pattern) or name.endswith("." + pattern)
+
+
+def _dense_by_kind(model: nn.Module, prefix: str) -> dict[str, str]:
+    dense: dict[str, str] = {}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    by_parameter: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, (nn.Linear, nn.Embedding)) and isinstance(weight, nn.Parameter):
+            by_parameter.setdefault(id(weight), []).append(name)
+        if not isinstance(module, nn.Linear):
+            dense |= {
+                prefix + f"{name}.{key}": "MoE experts fused into one tensor: not supported yet"
+                for key, p in module.named_parameters(recurse=False)
+                if p.ndim == 3 and "expert" in name
+            }
+        elif module is head:
+            dense[prefix + name] = "output head"
+        elif name.rpartition(".")[2] in ROUTER_NAMES:
+            dense[prefix + name] = "MoE router"
+    tied = {name for names in by_parameter.values() if len(names) > 1 for name in names}
+    tied |= {key.removesuffix(".weight") for key in getattr(model, "all_tied_weights_keys", {})}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name in tied:
+            dense.setdefault(prefix + name, "tied to another layer")
+    return dense
+
+
+def _fit_groups(
+    shapes: Mapping[str, tuple[int, int]], group_size: int
+) -> dict[str, dict[str, int]]:
+    if group_size == WHOLE_ROW:
+        return {}
+    ragged = {name: K for name, (_, K) in shapes.items() if K % group_size}
+    fits = {
+        name: max((g for g in GROUP_SIZES if g < group_size and K % g == 0), default=0)
+        for name, K in ragged.items()
+    }
+    refused = [f"`{name}` (K={ragged[name]})" for name, group in fits.items() if not group]
+    if refused:
+        raise FormatError(
+            f"No group of 32 .. {group_size} weights divides the rows of {len(refused)} layers: "
+            f"{', '.join(refused[:8])}{', ...' if len(refused) > 8 else ''}. Use one scale per row "
+            f"(group size {WHOLE_ROW}), or skip these layers."
+        )
+    if fits:
+        named = [f"`{name}` (K={ragged[name]}: {group})" for name, group in fits.items()]
+        warnings.warn(
+            f"group_size={group_size} does not divide the rows of {len(fits)} layers; they take "
+            f"smaller groups: {', '.join(named[:4])}{', ...' if len(named) > 4 else ''}",
+            stacklevel=4,
+        )
+    return {name: {"group_size": group} for name, group in fits.items()}
+
+
+def _table_scope(options: QuantizeOptions, shapes: Mapping[str, tuple[int, int]]) -> str:
+    rows = resolve_table(options.method, options.table, options.num_bits).shape[0]
+    if rows == 1:
+        return "tensor"
+    misfits = [f"`{name}` (N={N})" for name, (N, _) in shapes.items() if N != rows]
+    if misfits:
+        raise FormatError(
+            f"`table` has {rows} rows, one per output; {len(misfits)} layers have another number of "
+            f"outputs: {', '.join(misfits[:8])}. Skip them, or give one table for all rows."
+        )
+    return "row"
+
+
+def _own_scale_dtype(linears: Iterable[nn.Linear]) -> str:
+    dtypes = {linear.weight.dtype for linear in linears}
+    return "float16" if dtypes == {torch.float16} else "bfloat16"
+
+
+def quantize_weight(
+    weight: Tensor, name: str, config: CheckpointConfig, table: TableLike | None
+) -> QuantizedWeight:
+    """Quantise the weight of the layer ``name`` as its plan says, on the weight's device.
+
+    Args:
+        weight: fp16, bf16 or fp32, shape (N, K).
+        name: full module name; messages carry it, overrides are looked up by it.
+        config: from `plan_model`.
+        table: as in `QuantizeOptions`.
+
+    Raises:
+        FormatError: NaN or Inf, or a dtype that cannot be quantised; the message names the tensor.
+    """
+    check_weight(weight, f"{name}.weight")
+    spec = config.spec_of(name)
+    entries = resolve_table(config.method, table, spec.num_bits).to(weight.device)
+    return METHODS[config.method](weight.float(), spec, entries, SCALE_DTYPES[config.scale_dtype])
+
+
+def empty_lut_linear(linear: nn.Linear, name: str, config: CheckpointConfig) -> LutLinear:
+    """Return an unfilled `LutLinear` on the meta device that takes the place of ``linear``."""
+    return LutLinear(
+        linear.in_features,
+        linear.out_features,
+        config.spec_of(name),
+        bias=linear.bias is not None,
+        table_per_row=config.table_scope == "row",
+        scale_dtype=SCALE_DTYPES[config.scale_dtype],
+        dtype=linear.weight.dtype if linear.bias is None else linear.bias.dtype,
+        device="meta",
+    )
+
+
+def quantize_model(
+    model: nn.Module,
+    num_bits: int = 4,
+    group_size: int = 64,
+    *,
+    progress: Callable[[str, int], Any] | None = None,
+    **options: Any,
+) -> ModelPlan:
+    """Quantise a model in memory: each chosen `nn.Linear` is replaced by a `LutLinear`.
+
+    Layers are quantised one at a time, where they are, and the dense weight is freed at once.
+
+    Args:
+        model: any module, on CPU or CUDA; changed in place.
+        num_bits: bits per weight.
+        group_size: weights per scale; -1 for the whole row.
+        progress: called with (layer name, weights quantised) after each layer.
+        **options: the other fields of `QuantizeOptions`.
+
+    Returns:
+        What was quantised and what was left dense.
+
+    Raises:
+        FormatError: as `plan_model` and `quantize_weight`; layers done so far stay quantised.
+    """
+    request = QuantizeOptions(num_bits, group_size, **options)
+    plan = plan_model(model, request)
+    for name, (N, K) in plan.shapes.items():
+        linear = model.get_submodule(name)
+        weight = quantize_weight(linear.weight.data, name, plan.config, request.table)
+        layer = LutLinear.from_quantized(weight, linear.bias)
+        layer.train(linear.training)
+        model.set_submodule(name, layer)
+        if progress:
+            progress(name, N * K)
+    return plan
