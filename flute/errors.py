@@ -1,8 +1,11 @@
-"""The failures a caller may want to tell apart. Every message says what, expected, got, what to do."""
+"""The failures a caller may want to tell apart.
+
+Every message says what, expected, got, what to do.
+"""
 
 
 class FluteError(Exception):
-    """Base of all errors this package raises on purpose; the command line prints them in one line."""
+    """Base of all errors raised here on purpose; the command line prints them in one line."""
 
 
 class FormatError(FluteError, ValueError):
@@ -10,7 +13,7 @@ class FormatError(FluteError, ValueError):
 
 
 class UnsupportedProblemError(FluteError, ValueError):
-    """The request is well formed, but nothing here can serve it; the message names the broken rule."""
+    """A well-formed request that nothing here can serve; the message names the broken rule."""
 
 
 class CheckpointError(FluteError, RuntimeError):

@@ -6,7 +6,7 @@ nothing of how codes are found, packed, multiplied or stored in files.
     weight[n, k] = table[codes[n, k]] * scales[n, k // group_size]
 
                  in memory                          on disk, per linear layer (format version 1)
-    codes        uint8 (N, K), < 2**num_bits        <layer>.codes   int32 (N, ceil(K * num_bits / 32))
+    codes        uint8 (N, K), < 2**num_bits        <layer>.codes   int32 (N, ceil(K num_bits / 32))
     scales       fp16 | bf16 | fp32 (N, K / group)  <layer>.scales  the same
     table        fp32 (1 | N, 2**num_bits)          <layer>.table   the same
                                                     <layer>.bias    as in the dense model
@@ -72,8 +72,8 @@ class QuantSpec:
             return K
         if K % self.group_size:
             raise FormatError(
-                f"K={K} is not a multiple of group_size={self.group_size}. Choose a group size that "
-                f"divides it, or {WHOLE_ROW} for one scale per row."
+                f"K={K} is not a multiple of group_size={self.group_size}. Choose a group size "
+                f"that divides it, or {WHOLE_ROW} for one scale per row."
             )
         return self.group_size
 
@@ -109,7 +109,8 @@ class QuantizedWeight:
         codes, spec = self.codes, self.spec
         if codes.dtype != torch.uint8 or codes.ndim != 2:
             raise FormatError(
-                f"`codes` is {codes.dtype} of shape {tuple(codes.shape)}; expected torch.uint8 (N, K)."
+                f"`codes` is {codes.dtype} of shape {tuple(codes.shape)}; "
+                "expected torch.uint8 (N, K)."
             )
         if codes.numel() and int(codes.max()) >= spec.num_entries:
             raise FormatError(
@@ -205,8 +206,8 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
             raise FormatError(
-                f"The checkpoint has format version {self.format_version!r}; this package reads up to "
-                f"{FORMAT_VERSION}. Upgrade flute, or quantise the model again."
+                f"The checkpoint has format version {self.format_version!r}; this package reads up "
+                f"to {FORMAT_VERSION}. Upgrade flute, or quantise the model again."
             )
         if self.table_scope not in ("tensor", "row"):
             raise FormatError(f"`table_scope` is {self.table_scope!r}; expected 'tensor' or 'row'.")
@@ -224,7 +225,9 @@ class CheckpointConfig:
         override = self.overrides.get(module_name, {})
         unknown = set(override) - {"num_bits", "group_size"}
         if unknown:
-            raise FormatError(f"The override of `{module_name}` has unknown keys {sorted(unknown)}.")
+            raise FormatError(
+                f"The override of `{module_name}` has unknown keys {sorted(unknown)}."
+            )
         return QuantSpec(
             override.get("num_bits", self.num_bits), override.get("group_size", self.group_size)
         )

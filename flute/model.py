@@ -1,9 +1,10 @@
 """Models: which linear layers are quantised, and the replacement of layers in memory.
 
-Owns the choice of layers (`plan_model`), shared by everything that quantises: models in memory (here),
-checkpoints on disk (`flute.checkpoint`) and quantise-on-load (`flute.integrations.huggingface`).
+Owns the choice of layers (`plan_model`), shared by everything that quantises: models in memory
+(here), checkpoints on disk (`flute.checkpoint`) and quantise-on-load
+(`flute.integrations.huggingface`).
 
-    QuantizeOptions (what the user asked for) + model's modules -> CheckpointConfig (what will be done)
+    QuantizeOptions (what was asked for) + the model's modules -> CheckpointConfig (what is done)
 """
 
 from __future__ import annotations
@@ -79,8 +80,7 @@ class ModelPlan:
     Args:
         config: goes into the checkpoint; names the linears left dense and the overrides.
         shapes: full name of each layer to quantise -> (N, K).
-        dense: full name of each other layer or expert tensor with 2-D or 3-D weights -> why it stays
-            dense.
+        dense: full name of each linear layer or expert tensor left dense -> why.
     """
 
     config: CheckpointConfig
@@ -91,8 +91,8 @@ class ModelPlan:
 def plan_model(model: nn.Module, options: QuantizeOptions, prefix: str = "") -> ModelPlan:
     """Choose the layers to quantise: every `nn.Linear` but output heads, routers and skipped names.
 
-    A layer whose K is no multiple of the group size takes the largest smaller group that divides it,
-    with a warning.
+    A layer whose K is no multiple of the group size takes the largest smaller group that divides
+    it, with a warning.
 
     Args:
         model: a model, on any device ("meta" suffices).
@@ -104,7 +104,9 @@ def plan_model(model: nn.Module, options: QuantizeOptions, prefix: str = "") -> 
         UnsupportedProblemError: nothing is left to quantise.
     """
     linears = {
-        prefix + name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+        prefix + name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
     }
     dense = _dense_by_kind(model, prefix)
     for name in linears:
@@ -134,7 +136,7 @@ def plan_model(model: nn.Module, options: QuantizeOptions, prefix: str = "") -> 
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Tell whether a module name is the pattern, ends in it as whole components, or fits its wildcards."""
+    """Tell whether a module name is the pattern, ends in its components, or fits its wildcards."""
     return fnmatch(name, pattern) or name.endswith("." + pattern)
 
 
@@ -195,11 +197,11 @@ def _table_scope(options: QuantizeOptions, shapes: Mapping[str, tuple[int, int]]
     rows = resolve_table(options.method, options.table, options.num_bits).shape[0]
     if rows == 1:
         return "tensor"
-    misfits = [f"`{name}` (N={N})" for name, (N, _) in shapes.items() if N != rows]
+    misfits = [f"`{name}` (N={N})" for name, (N, _) in shapes.items() if rows != N]
     if misfits:
         raise FormatError(
-            f"`table` has {rows} rows, one per output; {len(misfits)} layers have another number of "
-            f"outputs: {', '.join(misfits[:8])}. Skip them, or give one table for all rows."
+            f"`table` has {rows} rows, one per output; {len(misfits)} layers have another number "
+            f"of outputs: {', '.join(misfits[:8])}. Skip them, or give one table for all rows."
         )
     return "row"
 
@@ -210,7 +212,12 @@ def _own_scale_dtype(linears: Iterable[nn.Linear]) -> str:
 
 
 def quantize_weight(
-    weight: Tensor, name: str, config: CheckpointConfig, table: TableLike | None
+    weight: Tensor,
+    name: str,
+    config: CheckpointConfig,
+    table: TableLike | None,
+    *,
+    first_row: int = 0,
 ) -> QuantizedWeight:
     """Quantise the weight of the layer ``name`` as its plan says, on the weight's device.
 
@@ -219,11 +226,12 @@ def quantize_weight(
         name: full module name; messages carry it, overrides are looked up by it.
         config: from `plan_model`.
         table: as in `QuantizeOptions`.
+        first_row: where these rows start in the whole weight, for messages.
 
     Raises:
         FormatError: NaN or Inf, or a dtype that cannot be quantised; the message names the tensor.
     """
-    check_weight(weight, f"{name}.weight")
+    check_weight(weight, f"{name}.weight", first_row)
     spec = config.spec_of(name)
     entries = resolve_table(config.method, table, spec.num_bits).to(weight.device)
     return METHODS[config.method](weight.float(), spec, entries, SCALE_DTYPES[config.scale_dtype])
@@ -272,6 +280,7 @@ def quantize_model(
     plan = plan_model(model, request)
     for name, (N, K) in plan.shapes.items():
         linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear), f"{name} was planned as nn.Linear"
         weight = quantize_weight(linear.weight.data, name, plan.config, request.table)
         layer = LutLinear.from_quantized(weight, linear.bias)
         layer.train(linear.training)

@@ -39,8 +39,8 @@ def lut_gemm(
 ) -> Tensor:
     """Multiply activations by a table-quantised weight.
 
-    ``out[m, n] = sum_k x[m, k] * table[codes[n, k]] * scales[n, k // group_size] + bias[n]``, summed
-    in fp32. The table is rounded to the dtype of ``x`` first.
+    ``out[m, n] = sum_k x[m, k] * table[codes[n, k]] * scales[n, k // group_size] + bias[n]``,
+    summed in fp32. The table is rounded to the dtype of ``x`` first.
 
     Args:
         x: fp16, bf16 or fp32, shape (..., K); any leading shape, empty ones included.

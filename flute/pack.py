@@ -1,7 +1,8 @@
 """Packing: codes <-> bits. Pure functions, each with its inverse; they know no file and no kernel.
 
-On disk a row of codes is one little-endian bit stream along K, in 32-bit words. Code k occupies bits
-[k * b, (k + 1) * b) of the row, so every cut at a multiple of 32 codes is a plain slice of the words:
+On disk a row of codes is one little-endian bit stream along K, in 32-bit words. Code k occupies
+bits [k * b, (k + 1) * b) of the row, so every cut at a multiple of 32 codes is a plain slice of the
+words:
 
     4 bits   byte j = c[2j] | c[2j+1] << 4
     3 bits   bytes 3j..3j+2 = c[8j] | c[8j+1] << 3 | ... | c[8j+7] << 21

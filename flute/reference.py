@@ -25,7 +25,8 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> T
 
     Args:
         weight: the quantised matrix, shape (N, K).
-        dtype: fp16, bf16 or fp32. The table is rounded to it, the product formed in fp32 and rounded.
+        dtype: fp16, bf16 or fp32. The table is rounded to it, the product formed in fp32 and
+            rounded.
 
     Returns:
         Shape (N, K), ``dtype``.
@@ -41,7 +42,7 @@ def _look_up(
     table = table.to(dtype).float()
     index = codes.long()
     values = table[0][index] if table.shape[0] == 1 else table.gather(1, index)
-    groups = values.unflatten(1, (-1, group_length))
+    groups = values.view(len(values), -1, group_length)
     return (groups * scales.float().unsqueeze(-1)).flatten(1).to(dtype)
 
 
@@ -51,8 +52,8 @@ def dequantize_packed(
     """Return `dequantize` of codes in the stored bit order, several codes per lookup.
 
     A byte holds two 4-bit or four 2-bit codes, and 12 bits hold four 3-bit codes: one index into a
-    table of that many values at once, so a lookup costs a half or a quarter. Matrices with a table per
-    row are looked up code by code.
+    table of that many values at once, so a lookup costs a half or a quarter. Matrices with a table
+    per row are looked up code by code.
 
     Args:
         packed: int32, shape (N, ceil(K * num_bits / 32)), as `flute.pack.pack_codes` returns it.
@@ -78,13 +79,13 @@ def dequantize_packed(
             continue
         index = _multi_index(packed[part], spec.num_bits)
         values = multi.index_select(0, index.view(-1)).view(torch.float32)
-        groups = values.view(index.shape[0], -1)[:, :K].unflatten(1, (-1, length))
+        groups = values.view(len(index), -1)[:, :K].reshape(len(index), -1, length)
         out[part] = (groups * scales[part].float().unsqueeze(-1)).flatten(1)
     return out
 
 
 def _multi_table(table: Tensor, num_bits: int) -> Tensor:
-    """Values of all runs of 2 (4 bits) or 4 (3 and 2 bits) codes, a run viewed as one wide number."""
+    """Values of all runs of 2 (4 bits) or 4 (3, 2 bits) codes, a run viewed as one wide number."""
     per_index = 2 if num_bits == 4 else 4
     runs = torch.cartesian_prod(*[table] * per_index).flip(-1).contiguous()
     wide = torch.float64 if per_index == 2 else torch.complex128

@@ -1,7 +1,8 @@
 """Tables: the 4, 8 or 16 numbers that codes index.
 
-Owns the named families (int, fp, nf) and the reading of a user's own table. A table is fp32 of shape
-(1, 2**num_bits) or (N, 2**num_bits); its order is the order of the codes and need not be sorted.
+Owns the named families (int, fp, nf) and the reading of a user's own table. A table is fp32 of
+shape (1, 2**num_bits) or (N, 2**num_bits); its order is the order of the codes and need not be
+sorted.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def int_table(num_bits: int) -> tuple[float, ...]:
 def fp_table(num_bits: int) -> tuple[float, ...]:
     """Return the values of a small float, indexed by its bit pattern (sign, exponent, mantissa).
 
-    fp4 is e2m1 (0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives), fp3 is e2m0 (0, 1, 2, 4) and fp2 is
-    e1m0 (0, 1). The pattern of minus zero decodes to zero, so it wastes one code.
+    fp4 is e2m1 (0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives), fp3 is e2m0 (0, 1, 2, 4) and fp2
+    is e1m0 (0, 1). The pattern of minus zero decodes to zero, so it wastes one code.
 
     Reference: OCP Microscaling Formats (MX) v1.0, section 5.3.3, for e2m1.
     """
@@ -64,11 +65,11 @@ def fp_table(num_bits: int) -> tuple[float, ...]:
 def nf_table(num_bits: int) -> tuple[float, ...]:
     """Return NormalFloat: quantiles of a normal distribution with an exact zero, scaled to [-1, 1].
 
-    Both tails start at the probability ``1 - (1 / (2 (2**b - 1)) + 1 / (2 * 2**b)) / 2``; the positive
-    side takes ``2**(b-1) + 1`` evenly spaced probabilities down to 0.5, the negative side one fewer,
-    and zero joins the two. For b = 4 that is the offset 0.9677083 of the published NF4, whose 16
-    values are returned as published; 3 and 2 bits follow with their own offsets, 0.9330357 and
-    0.8541667.
+    Both tails start at the probability ``1 - (1 / (2 (2**b - 1)) + 1 / (2 * 2**b)) / 2``; the
+    positive side takes ``2**(b-1) + 1`` evenly spaced probabilities down to 0.5, the negative side
+    one fewer, and zero joins the two. For b = 4 that is the offset 0.9677083 of the published NF4,
+    whose 16 values are returned as published; 3 and 2 bits follow with their own offsets, 0.9330357
+    and 0.8541667.
 
     Reference: Dettmers et al. 2023 (QLoRA), arXiv 2305.14314, section 3 and appendix E.
     """
@@ -100,8 +101,8 @@ def get_table(table: TableLike, num_bits: int) -> Tensor:
     """Return a table as a tensor, from a name, a list, a tensor or a file.
 
     Args:
-        table: a family ("nf", "int", "fp"), such a name with its bits ("nf4"), a sequence or tensor of
-            ``2**num_bits`` numbers (or N rows of them), or the path of a .json, .txt, .npy or
+        table: a family ("nf", "int", "fp"), such a name with its bits ("nf4"), a sequence or tensor
+            of ``2**num_bits`` numbers (or N rows of them), or the path of a .json, .txt, .npy or
             .safetensors file that holds one.
         num_bits: 2, 3 or 4.
 
@@ -109,7 +110,8 @@ def get_table(table: TableLike, num_bits: int) -> Tensor:
         fp32, shape (1, 2**num_bits) or (N, 2**num_bits), on the CPU or the given tensor's device.
 
     Raises:
-        FormatError: an unknown name, a wrong number of entries, NaN or Inf, or one value throughout.
+        FormatError: an unknown name, a wrong number of entries, NaN or Inf, or one value
+            throughout.
     """
     if num_bits not in NUM_BITS:
         raise FormatError(f"`num_bits` is {num_bits!r}; expected one of {NUM_BITS}.")
@@ -152,7 +154,9 @@ def read_table_file(path: Path) -> object:
         )
     readers: dict[str, Callable[[Path], object]] = {
         ".json": lambda p: json.loads(p.read_text()),
-        ".txt": lambda p: np.loadtxt(p, delimiter=None if "," not in p.read_text() else ",").tolist(),
+        ".txt": lambda p: np.loadtxt(
+            p, delimiter=None if "," not in p.read_text() else ","
+        ).tolist(),
         ".npy": lambda p: np.load(p, allow_pickle=False),
         ".safetensors": lambda p: next(iter(load_file(p).values())),
     }

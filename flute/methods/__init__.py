@@ -1,7 +1,7 @@
-"""Quantisation methods: weight -> codes, scales, table. METHODS is the registry; a method is a function.
+"""Quantisation methods: weight -> codes, scales, table. METHODS maps a name to a function.
 
-Each method has the signature ``quantize(weight, spec, table, scale_dtype) -> QuantizedWeight`` and works
-row by row, so a matrix may be quantised in blocks of rows.
+Each method has the signature ``quantize(weight, spec, table, scale_dtype) -> QuantizedWeight`` and
+works row by row, so a matrix may be quantised in blocks of rows.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ METHODS: dict[str, Method] = {
     "fp": absmax.quantize,
     "table": absmax.quantize,
 }
-"""Name -> method. "mse" searches the scales of any table (nf unless told otherwise); "nf", "int" and
-"fp" are absmax rounding to that family, "table" to a table of yours."""
+"""Name -> method. "mse" searches the scales of any table (nf unless told otherwise); "nf", "int"
+and "fp" are absmax rounding to that family, "table" to a table of yours."""
 
 
 def resolve_table(method: str, table: TableLike | None, num_bits: int) -> Tensor:
@@ -75,8 +75,8 @@ def quantize(
             accurate and costs 16 / group_size bits per weight.
         method: "mse" (scales of least squared error, the default) or "nf", "int", "fp", "table"
             (absmax scales, rounded to that table).
-        table: a name, list, tensor or file of ``2**num_bits`` numbers, or N rows of them; by default
-            the method's own ("nf" for "mse").
+        table: a name, list, tensor or file of ``2**num_bits`` numbers, or N rows of them; by
+            default the method's own ("nf" for "mse").
         scale_dtype: dtype of the stored scales: fp16, bf16 or fp32.
 
     Returns:
@@ -92,8 +92,8 @@ def quantize(
     return METHODS[method](weight.float(), spec, entries, scale_dtype)
 
 
-def check_weight(weight: Tensor, name: str) -> None:
-    """Check that a dense weight can be quantised.
+def check_weight(weight: Tensor, name: str, first_row: int = 0) -> None:
+    """Check that a dense weight (or some of its rows, from ``first_row`` on) can be quantised.
 
     Raises:
         FormatError: not a floating-point matrix, empty, or NaN or Inf in it; the message names it.
@@ -102,11 +102,11 @@ def check_weight(weight: Tensor, name: str) -> None:
         raise FormatError(f"`{name}` has shape {tuple(weight.shape)}; expected (N, K), not empty.")
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise FormatError(f"`{name}` is {weight.dtype}; expected float16, bfloat16 or float32.")
-    check_finite(weight, name)
+    check_finite(weight, name, first_row)
 
 
-def check_finite(tensor: Tensor, name: str) -> None:
-    """Check a tensor for NaN and Inf.
+def check_finite(tensor: Tensor, name: str, first_row: int = 0) -> None:
+    """Check a tensor (or some of its rows, from ``first_row`` on) for NaN and Inf.
 
     Raises:
         FormatError: it holds some; the message counts them and gives the first position.
@@ -115,7 +115,9 @@ def check_finite(tensor: Tensor, name: str) -> None:
     if bool(finite.all()):
         return
     first = tuple(int(i) for i in (~finite).nonzero()[0])
+    position = (first[0] + first_row, *first[1:]) if first else ()
     raise FormatError(
-        f"`{name}` holds {int((~finite).sum())} NaN or Inf of {tensor.numel()} values, the first "
-        f"({tensor[first].item()}) at {first}. Repair the checkpoint; nothing was quantised."
+        f"`{name}` holds NaN or Inf ({int((~finite).sum())} found), the first "
+        f"({tensor[first].item()}) at {position}. Such a weight cannot be quantised: repair the "
+        "checkpoint."
     )

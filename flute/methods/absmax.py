@@ -14,7 +14,8 @@ def quantize(
 ) -> QuantizedWeight:
     """Quantise each group by ``scale = max|w| / reach``, codes to the nearest entry.
 
-    ``reach`` is the table's end nearer to zero (7 for int4, 1 for nf4), so that no weight is clipped.
+    ``reach`` is the table's end nearer to zero (7 for int4, 1 for nf4), so that no weight is
+    clipped.
 
     Args:
         weight: fp32, shape (N, K).

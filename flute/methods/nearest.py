@@ -33,5 +33,5 @@ def nearest_codes(values: Tensor, table: Tensor) -> Tensor:
 
 
 def midpoints(entries: Tensor) -> Tensor:
-    """Return where the nearest of two neighbouring entries changes: shape (..., T - 1) for (..., T)."""
+    """Return the midpoints between neighbouring entries: shape (..., T - 1) for (..., T)."""
     return ((entries[..., 1:].double() + entries[..., :-1].double()) / 2).float()

@@ -1,0 +1,318 @@
+"""Quantising a checkpoint on disk: read, quantise and write tensor by tensor, in bounded memory.
+
+    source folder --CheckpointReader--> plan_model on the meta model --units--> write_checkpoint
+
+Dense tensors are copied in blocks; a linear weight is quantised in blocks of rows. So memory holds
+a block, not a model, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flute.checkpoint import CheckpointReader
+from flute.errors import CheckpointError, FormatError, UnsupportedProblemError
+from flute.format import SCALE_DTYPES, CheckpointConfig, QuantSpec
+from flute.methods import check_finite
+from flute.model import ModelPlan, QuantizeOptions, plan_model, quantize_weight
+from flute.pack import pack_codes
+from flute.tables import get_table
+from flute.writer import OutputTensor, Progress, Unit, read_side_files, write_checkpoint
+
+_BLOCK_WEIGHTS = 1 << 23
+"""Weights quantised at a time: about 150 MB of scratch."""
+_QUANTIZABLE = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """What `quantize_checkpoint` will do, known before it starts.
+
+    Args:
+        reader: the source.
+        model_plan: which layers are quantised and which stay dense.
+        layers: name of the weight tensor on disk -> full module name, for the layers quantised.
+    """
+
+    reader: CheckpointReader
+    model_plan: ModelPlan
+    layers: Mapping[str, str]
+
+
+def quantize_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    options: QuantizeOptions | None = None,
+    *,
+    overwrite: bool = False,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+    revision: str | None = None,
+) -> CheckpointPlan:
+    """Quantise a checkpoint on disk into a new folder.
+
+    Peak memory is a few blocks of rows, on the CPU or the GPU. A run that was killed goes on where
+    it stopped when repeated, and ends byte for byte as if it had not been.
+
+    Args:
+        source: a folder with config.json and safetensors, or the name of a model on the Hub.
+        destination: the folder to create.
+        options: bits, groups, method, table; the defaults of `QuantizeOptions` if None.
+        overwrite: replace a folder that exists.
+        device: where to quantise: "cpu", "cuda", "cuda:1", ...
+        progress: told about finished tensors.
+        revision: branch, tag or commit of a model on the Hub.
+
+    Returns:
+        What was quantised and what was left dense.
+
+    Raises:
+        CheckpointError: the source cannot be read, or the destination not written.
+        FormatError: NaN or Inf in a tensor, a dtype or shape that cannot be quantised; it is named.
+        UnsupportedProblemError: an unknown architecture, or a checkpoint quantised already.
+    """
+    options = options or QuantizeOptions()
+    plan = plan_checkpoint(find_source(source, revision), options)
+    reader, config = plan.reader, plan.model_plan.config
+    side_files = read_side_files(reader.directory) | {
+        "config.json": model_config_json(reader.config, config),
+        "README.md": model_card(str(source), config, len(plan.layers)).encode(),
+    }
+    write_checkpoint(
+        destination,
+        [_unit(plan, name, options, torch.device(device)) for name in reader.names],
+        side_files,
+        {**fingerprint(reader), "config": config.to_dict(), "table": _table_values(options)},
+        overwrite=overwrite,
+        progress=progress,
+    )
+    return plan
+
+
+def find_source(source: str | Path, revision: str | None = None) -> Path:
+    """Return the folder of a checkpoint, downloading a model of the Hub into its cache if need be.
+
+    Raises:
+        CheckpointError: neither a folder nor a model that can be had.
+    """
+    if Path(source).exists() or str(source).count("/") != 1 or str(source).startswith((".", "~")):
+        return Path(source).expanduser()
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        raise CheckpointError(
+            f"`{source}` is no folder here, and cannot be had from the Hub either: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
+
+
+def plan_checkpoint(directory: Path, options: QuantizeOptions) -> CheckpointPlan:
+    """Match a checkpoint's tensors to its architecture's layers and choose what to quantise.
+
+    Raises:
+        UnsupportedProblemError: quantised already, or an architecture transformers doesn't know.
+        CheckpointError: a weight the architecture needs is not in the files.
+        FormatError: a weight has a dtype or shape that does not fit its layer.
+    """
+    reader = CheckpointReader(directory)
+    if "quantization_config" in reader.config:
+        method = reader.config["quantization_config"].get("quant_method", "unknown")
+        raise UnsupportedProblemError(
+            f"`{directory}` is quantised already (quant_method {method!r}). Quantise the dense "
+            "model, or use `flute convert` for bitsandbytes and original FLUTE checkpoints."
+        )
+    model = meta_model(directory, reader.config)
+    plan = plan_model(model, options)
+    modules = _match_names(model, reader.names)
+    layers = {name: module for name, module in modules.items() if module in plan.shapes}
+    missing = sorted(set(plan.shapes) - set(layers.values()))
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} layers of {type(model).__name__} have no weight in `{directory}`, "
+            f"such as `{missing[0]}.weight`. The checkpoint is incomplete, or of another "
+            "architecture."
+        )
+    for name, module in layers.items():
+        if reader.dtype(name) not in _QUANTIZABLE:
+            raise FormatError(
+                f"`{name}` is {reader.dtype(name)}; expected float16, bfloat16 or float32. "
+                "Quantise a model that has not been quantised before."
+            )
+        if reader.shape(name) != plan.shapes[module]:
+            raise FormatError(
+                f"`{name}` has shape {reader.shape(name)}; {type(model).__name__} expects "
+                f"{plan.shapes[module]}."
+            )
+    if options.scale_dtype is None:
+        dtypes = {reader.dtype(name) for name in layers}
+        own = "float16" if dtypes == {torch.float16} else "bfloat16"
+        config = CheckpointConfig.from_dict({**plan.config.to_dict(), "scale_dtype": own})
+        plan = ModelPlan(config, plan.shapes, plan.dense)
+    return CheckpointPlan(reader, plan, layers)
+
+
+def meta_model(directory: Path, config: Mapping[str, Any]) -> nn.Module:
+    """Return the checkpoint's model without weights, from transformers.
+
+    Raises:
+        UnsupportedProblemError: no such architecture there.
+    """
+    import transformers
+
+    kind, names = config.get("model_type"), config.get("architectures") or []
+    known = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+    try:
+        parsed = transformers.AutoConfig.from_pretrained(directory)
+        with torch.device("meta"):
+            if known:
+                model: nn.Module = known[0](parsed)
+            else:
+                model = transformers.AutoModelForCausalLM.from_config(parsed)
+    except Exception as error:
+        raise UnsupportedProblemError(
+            f"transformers {transformers.__version__} cannot build model_type {kind!r}, "
+            f"architectures {names}: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. Upgrade "
+            "transformers, or quantise the loaded model with `flute.quantize_model`."
+        ) from error
+    return model
+
+
+def _match_names(model: nn.Module, names: list[str]) -> dict[str, str]:
+    """Weight tensor on disk -> module name, renamed as transformers renames when it loads."""
+    from transformers import conversion_mapping, core_model_loading
+
+    modules = dict(model.named_modules())
+    state = model.state_dict()
+    transforms = conversion_mapping.get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, core_model_loading.WeightRenaming)]
+    prefix = getattr(model, "base_model_prefix", None)
+    matched = {}
+    for name in names:
+        if not name.endswith(".weight"):
+            continue
+        key = name
+        if key not in state:
+            key, _ = core_model_loading.rename_source_key(name, renamings, [], prefix, state)
+        module = key.removesuffix(".weight")
+        if isinstance(modules.get(module), nn.Linear):
+            matched[name] = module
+    return matched
+
+
+def _unit(plan: CheckpointPlan, name: str, options: QuantizeOptions, device: torch.device) -> Unit:
+    reader, config = plan.reader, plan.model_plan.config
+    if name not in plan.layers:
+        output = OutputTensor(name, reader.dtype(name), reader.shape(name))
+        return Unit(name, (output,), lambda: _copy(reader, name), 0)
+    module = plan.layers[name]
+    N, K = reader.shape(name)
+    layer = name.removesuffix(".weight")
+    return Unit(
+        layer,
+        output_tensors(layer, N, K, config.spec_of(module), config),
+        lambda: _quantize_rows(reader, name, module, config, options, device),
+        N * K,
+    )
+
+
+def output_tensors(
+    layer: str, N: int, K: int, spec: QuantSpec, config: CheckpointConfig
+) -> tuple[OutputTensor, ...]:
+    """Return name, dtype and shape of the tensors of a quantised layer on disk."""
+    rows = N if config.table_scope == "row" else 1
+    return (
+        OutputTensor(f"{layer}.codes", torch.int32, (N, spec.num_words(K))),
+        OutputTensor(f"{layer}.scales", SCALE_DTYPES[config.scale_dtype], (N, spec.num_groups(K))),
+        OutputTensor(f"{layer}.table", torch.float32, (rows, spec.num_entries)),
+    )
+
+
+def _copy(reader: CheckpointReader, name: str) -> Iterator[tuple[str, Tensor]]:
+    first_row = 0
+    for block in reader.blocks(name):
+        if block.is_floating_point() and block.dtype.itemsize > 1:
+            check_finite(block, name, first_row)
+        first_row += len(block) if block.ndim else 0
+        yield name, block
+
+
+def _quantize_rows(
+    reader: CheckpointReader,
+    name: str,
+    module: str,
+    config: CheckpointConfig,
+    options: QuantizeOptions,
+    device: torch.device,
+) -> Iterator[tuple[str, Tensor]]:
+    layer = name.removesuffix(".weight")
+    N, K = reader.shape(name)
+    rows = max(1, _BLOCK_WEIGHTS // K)
+    num_bits = config.spec_of(module).num_bits
+    for start in range(0, N, rows):
+        stop = min(start + rows, N)
+        table = options.table
+        if config.table_scope == "row" and table is not None:
+            table = get_table(table, num_bits)[start:stop]
+        block = reader.rows(name, start, stop).to(device)
+        weight = quantize_weight(block, module, config, table, first_row=start)
+        yield f"{layer}.codes", pack_codes(weight.codes, num_bits)
+        yield f"{layer}.scales", weight.scales
+        if start == 0 or config.table_scope == "row":
+            yield f"{layer}.table", weight.table
+
+
+def fingerprint(reader: CheckpointReader) -> dict[str, Any]:
+    """Return what tells one state of a source from another, short of reading its weights."""
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in reader.files]
+    return {
+        "files": files,
+        "tensors": [(n, str(reader.dtype(n)), reader.shape(n)) for n in reader.names],
+    }
+
+
+def _table_values(options: QuantizeOptions) -> Any:
+    if options.table is None:
+        return None
+    return get_table(options.table, options.num_bits).tolist()
+
+
+def model_config_json(source: Mapping[str, Any], config: CheckpointConfig) -> bytes:
+    """Return the config.json of a quantised checkpoint."""
+    content = {**source, "quantization_config": config.to_dict()}
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def model_card(source: str, config: CheckpointConfig, num_layers: int) -> str:
+    """Return the README.md of a quantised checkpoint: what it is and how to load it."""
+    group = "the whole row" if config.group_size == -1 else f"groups of {config.group_size}"
+    base = f"base_model: {source}\n" if source.count("/") == 1 and not Path(source).exists() else ""
+    return f"""---
+library_name: transformers
+tags:
+- flute
+{base}---
+
+# {Path(source).name}, quantised by FLUTE
+
+{num_layers} linear layers at {config.num_bits} bits, {group}, table `{config.table}`, method
+`{config.method}`. Each weight is `table[code] * scale`.
+
+```python
+import flute  # must come first: without it, transformers loads random weights and only warns
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+"""

@@ -1,0 +1,417 @@
+"""Writing checkpoints: streamed, atomic, resumable. Knows files, nothing of quantisation.
+
+    OUT.partial/                              rename            OUT/
+      *.safetensors  preallocated, filled    -------->           config.json  README.md  tokenizer
+      ... journal.jsonl  a line per finished unit                    *.safetensors
+      (config.json and side files last)                          model.safetensors.index.json:
+      checksums
+
+The layout of every file follows from the list of tensors, so it is fixed before the first byte.
+Work is done in units (one source tensor each); a unit's line goes to the journal once its bytes are
+written. After a crash the next run checks the recorded units by checksum and goes on; the result is
+byte for byte that of an uninterrupted run. Nothing appears under the final name before everything
+is in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from flute.checkpoint import DTYPE_NAMES, INDEX_NAME, tensor_bytes
+from flute.errors import CheckpointError
+
+MAX_SHARD_BYTES = 5 * 10**9
+JOB_NAME = ".flute-job"
+"""Holds the fingerprint of the job that wrote a folder, so that running it again is recognised."""
+_JOURNAL = "journal.jsonl"
+_LOCK = "lock"
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """Name, dtype and shape of a tensor to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The smallest piece of work that is resumed: some tensors and what produces them.
+
+    Args:
+        name: unique among the units.
+        outputs: the tensors it writes.
+        produce: yields (output name, consecutive rows of it) until all outputs are complete; must
+            yield
+            the same bytes each time.
+        num_weights: counted by the progress bar.
+    """
+
+    name: str
+    outputs: tuple[OutputTensor, ...]
+    produce: Callable[[], Iterator[tuple[str, Tensor]]]
+    num_weights: int
+
+
+class Progress(Protocol):
+    """What reports how far the work has come."""
+
+    def start(self, total: int, done: int) -> None:
+        """Announce the number of weights in all, and how many an earlier run has done."""
+
+    def advance(self, count: int, name: str) -> None:
+        """Report that ``count`` more weights are done, those of unit ``name``."""
+
+
+def write_checkpoint(
+    destination: str | Path,
+    units: Sequence[Unit],
+    side_files: Mapping[str, bytes],
+    fingerprint: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Write a checkpoint folder, resuming an interrupted run of the same job.
+
+    Args:
+        destination: the folder to create; it must not exist, or be empty, unless ``overwrite``.
+        units: the work, in the order of the files.
+        side_files: name -> content of all other files.
+        fingerprint: JSON-serialisable description of the job: an interrupted run is resumed only if
+            its
+            fingerprint was the same, and a finished one is not done again.
+        overwrite: replace the folder and drop any interrupted run; the old folder stays until the
+            new
+            one is complete.
+        progress: told about finished units.
+        max_shard_bytes: start a new file beyond this size.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: the folder is occupied, another process writes it, the interrupted run was
+            of
+            another job, the disk is full, or a unit produced other bytes than it announced.
+    """
+    destination = Path(destination)
+    job = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+    if _is_occupied(destination) and not overwrite:
+        if _read_job(destination) == job:
+            _tidy(destination)
+            return destination
+        raise CheckpointError(
+            f"`{destination}` exists and is not empty. Choose another folder, or overwrite it "
+            "(`--overwrite`)."
+        )
+    partial = destination.with_name(destination.name + ".partial")
+    with _locked(partial):
+        shards = _lay_out(units, max_shard_bytes)
+        finished = _resume(partial, job, units, shards, drop_others=overwrite)
+        if not finished:
+            _start(partial, job, shards)
+        if progress:
+            done = sum(unit.num_weights for unit in units if unit.name in finished)
+            progress.start(sum(unit.num_weights for unit in units), done)
+        with _explain_full_disk(partial):
+            _write_units(partial, units, shards, finished, progress)
+            _write_side_files(partial, side_files, shards, finished, job)
+        _publish(partial, destination)
+    return destination
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One file: its name, header, and where each tensor starts."""
+
+    file: str
+    header: bytes
+    offsets: Mapping[str, int]
+    num_bytes: int
+
+
+def _lay_out(units: Sequence[Unit], max_shard_bytes: int) -> list[_Shard]:
+    groups: list[list[OutputTensor]] = [[]]
+    size = 0
+    for unit in units:
+        num_bytes = sum(tensor.num_bytes for tensor in unit.outputs)
+        if groups[-1] and size + num_bytes > max_shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].extend(unit.outputs)
+        size += num_bytes
+    count = len(groups)
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    names = ["model.safetensors"] if count == 1 else names
+    return [_lay_out_shard(name, group) for name, group in zip(names, groups, strict=True)]
+
+
+def _lay_out_shard(file: str, tensors: Sequence[OutputTensor]) -> _Shard:
+    """Wide dtypes first, so that every tensor is aligned to its item size."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts: dict[str, int] = {}
+    position = 0
+    for tensor in sorted(tensors, key=lambda t: -t.dtype.itemsize):
+        end = position + tensor.num_bytes
+        starts[tensor.name] = position
+        entries[tensor.name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    offsets = {name: len(header) + start for name, start in starts.items()}
+    return _Shard(file, header, offsets, len(header) + position)
+
+
+def _start(partial: Path, job: str, shards: Sequence[_Shard]) -> None:
+    """Empty the staging folder and reserve the disk space of all files."""
+    for path in partial.iterdir():
+        if path.name != _LOCK:
+            path.unlink()
+    needed = sum(shard.num_bytes for shard in shards)
+    free = shutil.disk_usage(partial).free
+    if needed > free:
+        shutil.rmtree(partial)
+        raise CheckpointError(
+            f"The disk of `{partial.parent}` has {free / 1e9:.2f} GB free; {needed / 1e9:.2f} GB "
+            "are needed. Nothing was written."
+        )
+    with _explain_full_disk(partial):
+        for shard in shards:
+            with open(partial / shard.file, "wb") as file:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, shard.num_bytes)
+                file.truncate(shard.num_bytes)
+                file.write(shard.header)
+        (partial / _JOURNAL).write_text(json.dumps({"job": job}) + "\n")
+
+
+def _resume(
+    partial: Path, job: str, units: Sequence[Unit], shards: Sequence[_Shard], *, drop_others: bool
+) -> dict[str, dict[str, str]]:
+    """Return unit -> checksums of the units an interrupted run finished, having verified them."""
+    journal = partial / _JOURNAL
+    if not journal.exists():
+        return {}
+    entries = []
+    for line in journal.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # the last line of a killed run may be cut short
+            entries.append(json.loads(line))
+    if not entries or entries[0].get("job") != job:
+        if drop_others:
+            return {}
+        raise CheckpointError(
+            f"`{partial}` holds an interrupted run of another job (other options, or the source "
+            "has changed). Repeat that one, delete the folder, or discard it (`--overwrite`)."
+        )
+    recorded = {entry["unit"]: entry["crc32"] for entry in entries[1:]}
+    return {
+        unit.name: recorded[unit.name]
+        for unit in units
+        if unit.name in recorded
+        and all(
+            _crc32_of(partial, tensor, shards) == recorded[unit.name].get(tensor.name)
+            for tensor in unit.outputs
+        )
+    }
+
+
+def _crc32_of(partial: Path, tensor: OutputTensor, shards: Sequence[_Shard]) -> str | None:
+    shard = next(shard for shard in shards if tensor.name in shard.offsets)
+    path = partial / shard.file
+    if not path.exists() or path.stat().st_size != shard.num_bytes:
+        return None
+    crc, left = 0, tensor.num_bytes
+    with open(path, "rb") as file:
+        file.seek(shard.offsets[tensor.name])
+        while left and (block := file.read(min(left, 1 << 24))):
+            crc, left = zlib.crc32(block, crc), left - len(block)
+    return f"{crc:08x}"
+
+
+def _write_units(
+    partial: Path,
+    units: Sequence[Unit],
+    shards: Sequence[_Shard],
+    finished: dict[str, dict[str, str]],
+    progress: Progress | None,
+) -> None:
+    """Write what is missing, a unit at a time, and record each; ``finished`` grows."""
+    with contextlib.ExitStack() as stack:
+        files: dict[str, Any] = {}
+        place: dict[str, tuple[Any, int]] = {}
+        for shard in shards:
+            files[shard.file] = stack.enter_context(open(partial / shard.file, "r+b", buffering=0))
+            place |= {name: (files[shard.file], at) for name, at in shard.offsets.items()}
+        journal = stack.enter_context(open(partial / _JOURNAL, "a"))
+        for unit in units:
+            if unit.name in finished:
+                continue
+            finished[unit.name] = _write_unit(unit, place)
+            journal.write("\n" + json.dumps({"unit": unit.name, "crc32": finished[unit.name]}))
+            journal.flush()
+            if progress:
+                progress.advance(unit.num_weights, unit.name)
+        for file in files.values():
+            os.fsync(file.fileno())
+
+
+def _write_unit(unit: Unit, place: Mapping[str, tuple[Any, int]]) -> dict[str, str]:
+    crcs = {tensor.name: 0 for tensor in unit.outputs}
+    written = {tensor.name: 0 for tensor in unit.outputs}
+    dtypes = {tensor.name: tensor.dtype for tensor in unit.outputs}
+    for name, rows in unit.produce():
+        if rows.dtype != dtypes[name]:
+            raise CheckpointError(f"`{name}` came as {rows.dtype}; announced was {dtypes[name]}.")
+        block = tensor_bytes(rows)
+        file, start = place[name]
+        file.seek(start + written[name])
+        sent = 0
+        while sent < len(block):
+            sent += file.write(block[sent:])
+        crcs[name] = zlib.crc32(block, crcs[name])
+        written[name] += len(block)
+    for tensor in unit.outputs:
+        if written[tensor.name] != tensor.num_bytes:
+            raise CheckpointError(
+                f"`{tensor.name}` came as {written[tensor.name]} bytes; announced were "
+                f"{tensor.num_bytes}."
+            )
+    return {name: f"{crc:08x}" for name, crc in crcs.items()}
+
+
+def _write_side_files(
+    partial: Path,
+    side_files: Mapping[str, bytes],
+    shards: Sequence[_Shard],
+    finished: Mapping[str, Mapping[str, str]],
+    job: str,
+) -> None:
+    checksums = {name: crc for crcs in finished.values() for name, crc in crcs.items()}
+    weight_map = {name: shard.file for shard in shards for name in shard.offsets}
+    index = {
+        "metadata": {
+            "total_size": sum(shard.num_bytes - len(shard.header) for shard in shards),
+            "checksums": {"algorithm": "crc32", "tensors": dict(sorted(checksums.items()))},
+        },
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    files = {**side_files, INDEX_NAME: (json.dumps(index, indent=2) + "\n").encode()}
+    for name, content in {**files, JOB_NAME: job.encode() + b"\n"}.items():
+        with open(partial / name, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _publish(partial: Path, destination: Path) -> None:
+    """Give the finished folder its final name; an old one is removed only after that."""
+    if _is_occupied(destination):
+        os.replace(destination, _old(destination))
+    elif destination.exists():
+        destination.rmdir()
+    os.replace(partial, destination)
+    _tidy(destination)
+
+
+def _tidy(destination: Path) -> None:
+    """Remove what only mattered while the folder was being written."""
+    for name in (_JOURNAL, _LOCK):
+        (destination / name).unlink(missing_ok=True)
+    shutil.rmtree(_old(destination), ignore_errors=True)
+
+
+def _old(destination: Path) -> Path:
+    return destination.with_name(destination.name + ".old")
+
+
+def _is_occupied(folder: Path) -> bool:
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"`{folder}` is a file; expected a folder to create.")
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _read_job(folder: Path) -> str:
+    path = folder / JOB_NAME
+    return path.read_text().strip() if path.exists() else ""
+
+
+@contextlib.contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Hold the staging folder against a second process; the lock dies with its owner."""
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        file = open(partial / _LOCK, "w")  # noqa: SIM115 (closed below; the lock lives as long)
+    except OSError as error:
+        raise CheckpointError(f"`{partial}` cannot be created: {error.strerror}.") from error
+    try:
+        with contextlib.suppress(ImportError):  # Windows: no such lock
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CheckpointError(
+                    f"Another process is writing `{partial}`. Wait for it, or stop it."
+                ) from None
+        yield
+    finally:
+        file.close()
+
+
+@contextlib.contextmanager
+def _explain_full_disk(partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise CheckpointError(
+            f"The disk of `{partial}` is full ({error.strerror}). What is finished is kept there: "
+            "free some space and repeat the command to go on, or delete the folder."
+        ) from error
+
+
+def read_side_files(source: Path) -> dict[str, bytes]:
+    """Return the files of a checkpoint that hold no weights: tokenizer, licence, ...
+
+    Left out: weights in any format, indices, the model card, code, hidden files and folders.
+    """
+    weights = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
+    left_out = {"config.json", "README.md", INDEX_NAME, "flute_config.json"}
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(source.iterdir())
+        if path.is_file()
+        and path.suffix not in weights | {".py"}
+        and path.name not in left_out
+        and not path.name.startswith(".")
+        and not path.name.endswith(".index.json")
+    }
