@@ -66,6 +66,18 @@ def lut_gemm(
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
+def path_of(device: torch.device, dtype: torch.dtype) -> str:
+    """Return, for people, which implementation multiplies on a device for a dtype of ``x``.
+
+    Args:
+        device: where ``x`` and the weight are.
+        dtype: dtype of ``x``.
+    """
+    if dtype not in _DTYPES:
+        return "none: expected float16, bfloat16 or float32"
+    return "reference (PyTorch): dequantise to float32, multiply in float32"
+
+
 def _check(
     x: Tensor,
     packed: Tensor,

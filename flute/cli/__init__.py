@@ -1,0 +1,63 @@
+"""The command line: one file per command, each with `add_parser` and `run`.
+
+Results go to standard output (tables, or JSON with `--json`), progress and errors to standard
+error. Exit codes: 0 done, 1 a clear failure (one line says why), 2 wrong arguments, 130
+interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from flute import __version__
+from flute.cli import convert, doctor, evaluate, generate, inspect, quantize
+from flute.cli.console import report_error
+from flute.errors import FluteError
+
+COMMANDS = (quantize, generate, evaluate, inspect, convert, doctor)
+
+_EPILOG = """\
+examples:
+  flute quantize MODEL OUT                    4 bits, groups of 64, no data needed
+  flute quantize MODEL OUT --bits 3           smaller
+  flute generate OUT "Once upon a time"       try it
+  flute eval MODEL OUT --plot quality.png     what it cost
+  flute inspect OUT                           what is inside
+  flute doctor                                what this machine will use
+
+MODEL is a folder with config.json and safetensors, or a name on the Hugging Face Hub.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="flute",
+        description="Lookup-table quantised language models: weight = table[code] * scale.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"flute {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+    except FluteError as error:
+        report_error(str(error))
+        return 1
+    except KeyboardInterrupt:
+        report_error("Interrupted.")
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    return code

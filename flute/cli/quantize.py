@@ -1,0 +1,147 @@
+"""`flute quantize`: a dense checkpoint in, a quantised one out."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from flute.cli.console import (
+    Bar,
+    add_device,
+    add_json,
+    megabytes,
+    pick_device,
+    print_json,
+    print_table,
+    show_warnings_plainly,
+)
+from flute.format import NUM_BITS, SCALE_DTYPES, WHOLE_ROW
+from flute.methods import METHODS
+
+_EPILOG = """\
+The default needs no data: for each group of weights it searches the scale of least squared error.
+Memory stays bounded by a few blocks of rows, whatever the model's size. A run that was killed goes
+on where it stopped when the same command is repeated. OUT appears only when complete (until then:
+OUT.partial).
+
+examples:
+  flute quantize meta-llama/Llama-3.1-8B llama-4bit
+  flute quantize MODEL OUT --bits 3 --group-size 128
+  flute quantize MODEL OUT --method nf                 NormalFloat with absmax scales (as in QLoRA)
+  flute quantize MODEL OUT --table my-table.json       any 16 numbers of yours
+  flute quantize MODEL OUT --skip '*.layers.0.*'       leave some layers dense
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "quantize",
+        help="quantise a checkpoint to 2, 3 or 4 bits",
+        description="Quantise the linear layers of a checkpoint to 2, 3 or 4 bits.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model", help="folder with config.json and safetensors, or a name on the Hub"
+    )
+    parser.add_argument("out", help="folder to create")
+    parser.add_argument(
+        "--bits", type=int, default=4, choices=NUM_BITS, help="bits per weight (default 4)"
+    )
+    parser.add_argument(
+        "--group-size",
+        type=_group_size,
+        default=64,
+        metavar="N",
+        help="weights per scale: 32, 64, 128, 256 or row (default 64); smaller is more accurate "
+        "and costs 16/N bits per weight",
+    )
+    parser.add_argument(
+        "--method",
+        choices=list(METHODS),
+        default="mse",
+        help="mse: searched scales (default); nf, int, fp, table: absmax scales",
+    )
+    parser.add_argument(
+        "--table",
+        help="int, fp, nf, or a .json, .txt, .npy or .safetensors file of 2**bits numbers "
+        "(default: nf)",
+    )
+    parser.add_argument(
+        "--scale-dtype", choices=list(SCALE_DTYPES), help="default: the model's own 16-bit dtype"
+    )
+    parser.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave layers of this name dense (wildcards; may be repeated)",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    add_device(parser, "quantise")
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def _group_size(text: str) -> int:
+    return WHOLE_ROW if text == "row" else int(text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Quantise, and print what was done."""
+    from flute.checkpoint import CheckpointReader
+    from flute.model import QuantizeOptions
+    from flute.stream import quantize_checkpoint
+
+    show_warnings_plainly()
+    options = QuantizeOptions(
+        args.bits, args.group_size, args.method, args.table, args.scale_dtype, args.skip
+    )
+    start = time.perf_counter()
+    with Bar("quantising", "weights") as bar:
+        plan = quantize_checkpoint(
+            args.model,
+            args.out,
+            options,
+            overwrite=args.overwrite,
+            device=pick_device(args.device),
+            progress=bar,
+            revision=args.revision,
+        )
+    seconds = time.perf_counter() - start
+    readers = plan.reader, CheckpointReader(args.out)
+    before, after = (sum(map(reader.num_bytes, reader.names)) for reader in readers)
+    num_weights = sum(N * K for N, K in plan.model_plan.shapes.values())
+    config = plan.model_plan.config
+    if args.json:
+        print_json(
+            {
+                "out": str(args.out),
+                "config": config.to_dict(),
+                "layers": len(plan.layers),
+                "weights": num_weights,
+                "dense": dict(plan.model_plan.dense),
+                "bytes_before": before,
+                "bytes_after": after,
+                "seconds": seconds,
+            }
+        )
+        return 0
+    group = "row" if config.group_size == WHOLE_ROW else config.group_size
+    rows: list[list[Any]] = [
+        ["layers quantised", len(plan.layers)],
+        ["weights", f"{num_weights / 1e6:.1f} M"],
+        [
+            "bits, group, method, table",
+            f"{config.num_bits}, {group}, {config.method}, {config.table}",
+        ],
+        *([f"dense: {name}", why] for name, why in list(plan.model_plan.dense.items())[:6]),
+        ["size", f"{megabytes(before)} -> {megabytes(after)} ({before / after:.2f}x smaller)"],
+        ["time", f"{seconds:.1f} s"],
+    ]
+    more = len(plan.model_plan.dense) - 6
+    print_table(args.out, ["", ""], rows, f"... and {more} more left dense" if more > 0 else "")
+    return 0
