@@ -14,7 +14,7 @@ import torch
 
 import flute
 from flute.checkpoint import CheckpointReader
-from flute.cli.console import Bar, megabytes, print_table, quiet_transformers
+from flute.console import Bar, megabytes, print_table, quiet_transformers
 from flute.cli.loading import load_model, load_tokenizer
 from flute.evaluate import perplexity, read_text, to_windows
 from flute.model import QuantizeOptions

@@ -133,7 +133,7 @@ def plan_checkpoint(directory: Path, options: QuantizeOptions) -> CheckpointPlan
         )
     model = meta_model(directory, reader.config)
     plan = plan_model(model, options)
-    modules = _match_names(model, reader.names)
+    modules = match_names(model, reader.names)
     layers = {name: module for name, module in modules.items() if module in plan.shapes}
     missing = sorted(set(plan.shapes) - set(layers.values()))
     if missing:
@@ -188,8 +188,13 @@ def meta_model(directory: Path, config: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _match_names(model: nn.Module, names: list[str]) -> dict[str, str]:
-    """Weight tensor on disk -> module name, renamed as transformers renames when it loads."""
+def match_names(model: nn.Module, names: list[str]) -> dict[str, str]:
+    """Return weight tensor on disk -> linear layer, renamed as transformers does when it loads.
+
+    Args:
+        model: on any device, "meta" suffices.
+        names: of all tensors on disk.
+    """
     from transformers import conversion_mapping, core_model_loading
 
     modules = dict(model.named_modules())
@@ -214,7 +219,7 @@ def _unit(plan: CheckpointPlan, name: str, options: QuantizeOptions, device: tor
     reader, config = plan.reader, plan.model_plan.config
     if name not in plan.layers:
         output = OutputTensor(name, reader.dtype(name), reader.shape(name))
-        return Unit(name, (output,), lambda: _copy(reader, name), 0)
+        return Unit(name, (output,), lambda: copy_rows(reader, name), 0)
     module = plan.layers[name]
     N, K = reader.shape(name)
     layer = name.removesuffix(".weight")
@@ -238,7 +243,12 @@ def output_tensors(
     )
 
 
-def _copy(reader: CheckpointReader, name: str) -> Iterator[tuple[str, Tensor]]:
+def copy_rows(reader: CheckpointReader, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield a dense tensor in blocks of rows, for a `flute.writer.Unit`.
+
+    Raises:
+        FormatError: NaN or Inf in it.
+    """
     first_row = 0
     for block in reader.blocks(name):
         if block.is_floating_point() and block.dtype.itemsize > 1:

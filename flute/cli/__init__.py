@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from flute import __version__
 from flute.cli import convert, doctor, evaluate, generate, inspect, quantize
-from flute.cli.console import report_error
+from flute.console import report_error
 from flute.errors import FluteError
 
 COMMANDS = (quantize, generate, evaluate, inspect, convert, doctor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from flute.cli.console import Bar, add_json, print_json, print_table, show_warnings_plainly
+from flute.console import Bar, add_json, print_json, print_table, show_warnings_plainly
 
 _EPILOG = """\
 Read are bitsandbytes 4-bit checkpoints (nf4 and fp4, single and double quantised) and those of the

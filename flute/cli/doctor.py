@@ -9,7 +9,7 @@ import shutil
 from importlib import metadata
 from typing import Any
 
-from flute.cli.console import add_json, megabytes, print_json, print_table
+from flute.console import add_json, megabytes, print_json, print_table
 
 _PACKAGES = (
     "torch",

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from flute.cli.console import (
+from flute.console import (
     Bar,
     add_device,
     add_json,

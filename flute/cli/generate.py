@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from flute.cli.console import (
+from flute.console import (
     add_device,
     add_json,
     pick_device,

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from flute.checkpoint import CheckpointReader
-from flute.cli.console import add_json, megabytes, print_json, print_table
+from flute.console import add_json, megabytes, print_json, print_table
 from flute.errors import FormatError
 from flute.format import TENSOR_NAMES, WHOLE_ROW, CheckpointConfig, QuantSpec
 

@@ -1,1 +1,1 @@
-"""Bridges to other projects: thin, each in its own file, importing only this package's public names."""
+"""Bridges to other projects, each in its own file; they import only public names."""

@@ -1,4 +1,4 @@
-"""What the commands print with: tables, JSON, progress bars, errors; and the options they share."""
+"""What commands print with: tables, JSON, progress bars, errors; and the options they share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def print_table(
     *,
     left: bool = False,
 ) -> None:
-    """Print a table on standard output; columns after the first are right-aligned unless ``left``."""
+    """Print a table on standard output; columns after the first right-aligned unless ``left``."""
     table = Table(
         title=title,
         caption=caption or None,
@@ -113,7 +113,7 @@ class Bar:
             TimeRemainingColumn(),
             TextColumn("[dim]{task.fields[name]}"),
             console=stderr,
-            transient=not stderr.is_terminal,
+            disable=not stderr.is_terminal,
         )
         self._task = self._bar.add_task(description, total=total, unit=unit, name="")
 

@@ -1,0 +1,10 @@
+"""Settings of all tests: offline, one thread, no user configuration."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch  # noqa: E402 (the environment must be set before anything reads it)
+
+torch.set_num_threads(1)

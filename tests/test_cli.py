@@ -1,0 +1,265 @@
+"""The command line as a user meets it: results on stdout, one line on stderr, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import DEMO_MODEL, edit_json, folder_bytes, save_tiny
+from safetensors.torch import load_file
+
+import flute
+from flute.cli import COMMANDS, build_parser, main
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    """The demo model at 3 bits."""
+    out = tmp_path_factory.mktemp("cli") / "demo-3bit"
+    assert main(["quantize", str(DEMO_MODEL), str(out), "--bits", "3", "--method", "nf"]) == 0
+    return out
+
+
+def run_json(capsys, *argv):
+    """Run a command with --json; returns its exit code and what it printed."""
+    code = main([*map(str, argv), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_quantize_reports_what_it_did(tmp_path, capsys):
+    out = tmp_path / "out"
+    code, report = run_json(capsys, "quantize", DEMO_MODEL, out, "--bits", 2, "--method", "nf")
+    assert code == 0
+    assert report["config"]["num_bits"] == 2
+    assert report["weights"] == 4_718_592
+    assert report["layers"] == 42
+    assert report["dense"] == {"lm_head": "output head"}
+    tensors = load_file(out / "model.safetensors")
+    assert report["bytes_after"] == sum(t.nbytes for t in tensors.values())
+    assert report["bytes_before"] > report["bytes_after"]
+
+
+def test_quantize_takes_skip_table_group_and_scale_dtype(tmp_path, capsys):
+    model = tmp_path / "model"
+    save_tiny(model)
+    table = tmp_path / "table.json"
+    table.write_text("[-1.0, -0.2, 0.3, 1.0]")
+    out = tmp_path / "out"
+    code, report = run_json(
+        capsys, "quantize", model, out, "--bits", 2, "--table", table, "--group-size", "row",
+        "--scale-dtype", "float32", "--skip", "*.down_proj", "--skip", "q_proj",
+    )  # fmt: skip
+    assert code == 0
+    assert report["config"]["table"] == "custom"
+    assert report["config"]["group_size"] == -1
+    assert {name.rpartition(".")[2] for name in report["dense"]} == {
+        "lm_head",
+        "down_proj",
+        "q_proj",
+    }
+    tensors = load_file(out / "model.safetensors")
+    layer = "model.layers.0.self_attn.k_proj"
+    assert tensors[f"{layer}.scales"].dtype == torch.float32
+    assert tensors[f"{layer}.scales"].shape == (32, 1)
+    assert torch.equal(tensors[f"{layer}.table"], torch.tensor([[-1.0, -0.2, 0.3, 1.0]]))
+    assert "model.layers.1.mlp.down_proj.weight" in tensors
+
+
+def test_generate_prints_text_and_is_repeatable(quantized, capsys):
+    argv = ["generate", str(quantized), "The king of", "--max-new-tokens", "8"]
+    assert main(argv) == 0
+    streamed = capsys.readouterr()
+    assert streamed.out.startswith("The king of")
+    assert "8 tokens" in streamed.err
+    code, report = run_json(capsys, *argv)
+    assert code == 0
+    assert report["text"] == streamed.out.rstrip("\n")
+    assert report["new_tokens"] == 8
+    sampled = [
+        run_json(capsys, *argv, "--temperature", 1.5, "--seed", seed)[1]["text"]
+        for seed in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_generate_reads_the_prompt_from_standard_input(quantized, capsys, monkeypatch):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The king"))
+    code, report = run_json(capsys, "generate", quantized, "-", "--max-new-tokens", 2)
+    assert code == 0
+    assert report["text"].startswith("The king")
+
+
+def test_eval_compares_models_and_draws(quantized, tmp_path, capsys):
+    plot = tmp_path / "plot.png"
+    code, report = run_json(
+        capsys, "eval", DEMO_MODEL, quantized, "--window", 128, "--max-tokens", 1024, "--plot", plot
+    )
+    assert code == 0
+    dense, small = report["results"]
+    assert (dense["bits"], small["bits"]) == (16, 3)
+    assert dense["tokens"] == small["tokens"] == 8 * 127
+    assert dense["bytes"] > 2 * small["bytes"]
+    assert small["excess_loss"] == pytest.approx(small["loss"] - dense["loss"], abs=1e-9)
+    assert 0 < small["excess_loss"] < 1
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_shows_bits_sizes_and_errors(quantized, capsys):
+    code, report = run_json(capsys, "inspect", quantized, "--dense", DEMO_MODEL)
+    assert code == 0
+    assert report["checksums_verified"] == len(load_file(quantized / "model.safetensors"))
+    assert len(report["layers"]) == 42
+    for layer in report["layers"]:
+        N, K = layer["shape"]
+        assert layer["bits_per_weight"] == pytest.approx(3 + 16 / 64 + 8 * 32 / (N * K))
+        assert 0.02 < layer["error"] < 0.06
+    assert main(["inspect", str(quantized)]) == 0
+    assert "3.25" in capsys.readouterr().out
+
+
+def test_inspect_of_a_dense_model_says_what_would_be_quantised(capsys):
+    code, report = run_json(capsys, "inspect", DEMO_MODEL)
+    assert code == 0
+    assert len(report["layers"]) == 42
+    assert report["dense"] == {"lm_head": "output head"}
+
+
+def test_inspect_finds_a_flipped_bit(quantized, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name, content in folder_bytes(quantized).items():
+        (copy / name).write_bytes(content)
+    content = bytearray((copy / "model.safetensors").read_bytes())
+    content[-1000] ^= 1
+    (copy / "model.safetensors").write_bytes(content)
+    assert main(["inspect", str(copy)]) == 1
+    assert "is corrupted: crc32" in capsys.readouterr().err
+
+
+def test_doctor_names_the_path_of_each_call(capsys):
+    code, report = run_json(capsys, "doctor")
+    assert code == 0
+    assert report["machine"]["flute"] == flute.__version__
+    assert report["packages"]["torch"] == torch.__version__
+    assert {row["device"] for row in report["paths"]} >= {"cpu"}
+    assert all("PyTorch" in row["path"] for row in report["paths"] if row["device"] == "cpu")
+    assert main(["doctor"]) == 0
+
+
+def test_doctor_reports_the_originals_package(monkeypatch, capsys):
+    from flute.cli import doctor
+
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda p: "0.4.2" if p == "flute-kernel" else real(p))
+    code, report = run_json(capsys, "doctor")
+    assert code == 1
+    assert "pip uninstall flute-kernel" in report["problems"][0]
+
+
+FAILURES = {
+    "missing folder": (["quantize", "{tmp}/none", "{tmp}/out"], "is not a folder"),
+    "unreachable hub model": (
+        ["quantize", "no/such-model", "{tmp}/out"],
+        "cannot be had from the Hub",
+    ),
+    "occupied output": (["quantize", "{demo}", "{tmp}"], "exists and is not empty"),
+    "quantised twice": (["quantize", "{quantized}", "{tmp}/out"], "is quantised already"),
+    "bad table": (["quantize", "{demo}", "{tmp}/out", "--table", "[1,2]"], "expected one of"),
+    "contradicting table": (
+        ["quantize", "{demo}", "{tmp}/out", "--method", "nf", "--table", "int"],
+        "always uses the nf table",
+    ),
+    "bad group": (["quantize", "{demo}", "{tmp}/out", "--group-size", "48"], "`group_size` is 48"),
+    "no device": (["quantize", "{demo}", "{tmp}/out", "--device", "cuda:99"], "cannot be used"),
+    "no text": (["eval", "{quantized}", "--text", "{tmp}/none.txt"], "is no text file"),
+    "window beyond context": (
+        ["eval", "{quantized}", "--window", "4096"],
+        "context is 2048 tokens",
+    ),
+    "plot to nowhere": (["eval", "{quantized}", "--plot", "{tmp}/no/p.png"], "is not a folder"),
+    "plot of no kind": (["eval", "{quantized}", "--plot", "{tmp}/p.xyz"], "has suffix '.xyz'"),
+    "no tokens": (["generate", "{quantized}", "x", "--max-new-tokens", "0"], "expected at least 1"),
+    "empty prompt": (["generate", "{quantized}", ""], "The prompt is empty"),
+    "negative temperature": (
+        ["generate", "{quantized}", "x", "--temperature", "-1"],
+        "expected 0 or",
+    ),
+    "dense without need": (["inspect", "{demo}", "--dense", "{demo}"], "is not quantised"),
+    "convert of ours": (["convert", "{quantized}", "{tmp}/out"], "is a FLUTE checkpoint already"),
+    "convert of dense": (["convert", "{demo}", "{tmp}/out"], "is not quantised"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_failures_are_one_line_and_exit_code_1(case, quantized, tmp_path, capsys):
+    (tmp_path / "something").write_text("here")
+    argv, message = FAILURES[case]
+    places = {"tmp": tmp_path, "demo": DEMO_MODEL, "quantized": quantized}
+    code = main([word.format(**places) for word in argv])
+    error = capsys.readouterr().err
+    assert code == 1
+    assert message in error
+    lines = [line for line in error.splitlines() if line.strip()]
+    assert lines[-1].startswith("error: ")
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_generate_without_tokenizer_says_what_to_copy(tmp_path, capsys):
+    save_tiny(tmp_path / "model")
+    assert main(["generate", str(tmp_path / "model"), "hello"]) == 1
+    assert "Copy the tokenizer's files" in capsys.readouterr().err
+
+
+def test_a_newer_format_is_refused(quantized, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name, content in folder_bytes(quantized).items():
+        (copy / name).write_bytes(content)
+    config = json.loads((copy / "config.json").read_text())["quantization_config"]
+    edit_json(copy / "config.json", quantization_config={**config, "format_version": 2})
+    for argv in (["inspect", copy], ["generate", copy, "hello"], ["eval", copy]):
+        assert main([*map(str, argv)]) == 1
+        assert "format version 2; this package reads up to 1" in capsys.readouterr().err
+
+
+def test_wrong_arguments_exit_with_2(capsys):
+    for argv in ([], ["quantize"], ["quantize", "a", "b", "--bits", "5"], ["nonsense"]):
+        with pytest.raises(SystemExit) as error:
+            main(argv)
+        assert error.value.code == 2
+    assert "invalid choice" in capsys.readouterr().err
+
+
+def test_interrupt_exits_with_130(monkeypatch, capsys):
+    def interrupt(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flute.stream.quantize_checkpoint", interrupt)
+    assert main(["quantize", "a", "b"]) == 130
+    assert "Interrupted" in capsys.readouterr().err
+
+
+def test_every_command_teaches_by_example(capsys):
+    for command in COMMANDS:
+        name = command.__doc__.split("`flute ")[1].split("`")[0]
+        with pytest.raises(SystemExit) as stop:
+            build_parser().parse_args([name, "--help"])
+        assert stop.value.code == 0
+        text = capsys.readouterr().out
+        assert "examples:" in text
+        assert f"  flute {name}" in text
+        assert "--json" in text
+
+
+def test_the_installed_command_and_version():
+    run = subprocess.run(
+        [sys.executable, "-c", "from flute.cli import main; main(['--version'])"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert run.stdout.strip() == f"flute {flute.__version__}"
