@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import flute
-from flute.cli.console import print_table
+from flute.console import print_table
 from flute.evaluate import relative_error
 
 SHAPE = (1024, 4096)

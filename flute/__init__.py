@@ -18,6 +18,7 @@ from flute.errors import (
     UnsupportedProblemError,
 )
 from flute.format import QuantizedWeight, QuantSpec
+from flute.integrations import autoload as _autoload
 from flute.linear import LutLinear
 from flute.methods import quantize
 from flute.model import quantize_model
@@ -58,3 +59,6 @@ def __getattr__(name: str) -> Any:
 
         return getattr(huggingface, name)
     raise AttributeError(f"module 'flute' has no attribute {name!r}")
+
+
+_autoload.install()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +47,25 @@ class CheckpointReader:
 
     Args:
         directory: the folder.
+        files: the weight files to read; None finds them as transformers does: `model.safetensors`,
+            or those that the index names.
 
     Raises:
         CheckpointError: the folder, its config.json, a shard or a tensor is missing, a file is
             truncated or not safetensors, or the weights are pickled; the message names the file.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, files: Sequence[Path] | None = None) -> None:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise CheckpointError(f"`{directory}` is not a folder; expected a model checkpoint.")
         self.config: dict[str, Any] = read_json(self.directory / "config.json")
-        self.index: dict[str, Any] = {}
-        self._files = self._find_files()
+        index = self.directory / INDEX_NAME
+        self.index: dict[str, Any] = read_json(index) if index.exists() else {}
+        single = self.directory / "model.safetensors"
+        if files is None and single.exists():
+            files = [single]
+        self._files = self._find_files() if files is None else _tensors_of(files)
         self._info: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for path in dict.fromkeys(self._files.values()):
             self._read_header(path)
@@ -71,13 +77,12 @@ class CheckpointReader:
             )
 
     def _find_files(self) -> dict[str, Path]:
-        index = self.directory / INDEX_NAME
-        single = self.directory / "model.safetensors"
-        if index.exists():
-            self.index = read_json(index)
+        if self.index:
             weight_map = self.index.get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError(f"`{index}` has no `weight_map`. Download it again.")
+                raise CheckpointError(
+                    f"`{self.directory / INDEX_NAME}` has no `weight_map`. Download it again."
+                )
             files = {name: self.directory / file for name, file in weight_map.items()}
             absent = sorted({str(path) for path in files.values() if not path.exists()})
             if absent:
@@ -86,9 +91,6 @@ class CheckpointReader:
                     f"as `{absent[0]}`. Download the checkpoint again."
                 )
             return files
-        if single.exists():
-            with open_safetensors(single) as file:
-                return dict.fromkeys(file.keys(), single)
         pickled = sorted(self.directory.glob("*.bin")) + sorted(self.directory.glob("*.pt*"))
         if pickled:
             raise CheckpointError(
@@ -157,12 +159,18 @@ class CheckpointReader:
             yield self.rows(name, start, min(start + rows, shape[0]))
 
     def checksums(self) -> dict[str, str]:
-        """Return tensor name -> recorded crc32 (8 hex digits); empty where none were recorded."""
-        recorded = dict(self.index.get("metadata", {}).get("checksums", {}).get("tensors", {}))
-        for path in () if recorded else self.files:
+        """Return tensor name -> recorded crc32 (8 hex digits); empty where none were recorded.
+
+        What a file says of its own tensors counts before the index, which may be older.
+        """
+        recorded: dict[str, str] = {}
+        for path in self.files:
             with open_safetensors(path) as file:
                 recorded |= json.loads((file.metadata() or {}).get(CHECKSUM_METADATA, "{}"))
-        return recorded
+        if recorded:
+            return {name: crc for name, crc in recorded.items() if name in self._info}
+        in_index = self.index.get("metadata", {}).get("checksums", {}).get("tensors", {})
+        return dict(in_index)
 
     def crc32(self, name: str) -> str:
         """Return the crc32 of a tensor's bytes as they are on disk, 8 hex digits."""
@@ -172,11 +180,12 @@ class CheckpointReader:
         return f"{crc:08x}"
 
 
-def verify_checksums(directory: str | Path) -> int:
+def verify_checksums(directory: str | Path, files: Sequence[Path] | None = None) -> int:
     """Compare every tensor of a checkpoint with the checksum recorded when it was written.
 
     Args:
         directory: a checkpoint folder.
+        files: its weight files; None finds them.
 
     Returns:
         The number of tensors verified: 0 if the checkpoint records no checksums.
@@ -185,7 +194,7 @@ def verify_checksums(directory: str | Path) -> int:
         ChecksumError: a tensor differs; the message names it and its file.
         CheckpointError: the folder cannot be read.
     """
-    reader = CheckpointReader(directory)
+    reader = CheckpointReader(directory, files)
     recorded = reader.checksums()
     for name, expected in recorded.items():
         if name not in reader._info:
@@ -197,6 +206,14 @@ def verify_checksums(directory: str | Path) -> int:
                 f"{expected}. Copy or download the file again."
             )
     return len(recorded)
+
+
+def _tensors_of(files: Sequence[Path]) -> dict[str, Path]:
+    names: dict[str, Path] = {}
+    for path in files:
+        with open_safetensors(path) as file:
+            names |= dict.fromkeys(file.keys(), path)
+    return names
 
 
 def open_safetensors(path: Path) -> Any:

@@ -49,9 +49,10 @@ class QuantSpec:
     group_size: int = 64
 
     def __post_init__(self) -> None:
-        if self.num_bits not in NUM_BITS:
+        if not isinstance(self.num_bits, int) or self.num_bits not in NUM_BITS:
             raise FormatError(f"`num_bits` is {self.num_bits!r}; expected one of {NUM_BITS}.")
-        if self.group_size not in (*GROUP_SIZES, WHOLE_ROW):
+        allowed = (*GROUP_SIZES, WHOLE_ROW)
+        if not isinstance(self.group_size, int) or self.group_size not in allowed:
             raise FormatError(
                 f"`group_size` is {self.group_size!r}; expected one of {GROUP_SIZES}, "
                 f"or {WHOLE_ROW} for the whole row."
@@ -107,16 +108,7 @@ class QuantizedWeight:
 
     def __post_init__(self) -> None:
         codes, spec = self.codes, self.spec
-        if codes.dtype != torch.uint8 or codes.ndim != 2:
-            raise FormatError(
-                f"`codes` is {codes.dtype} of shape {tuple(codes.shape)}; "
-                "expected torch.uint8 (N, K)."
-            )
-        if codes.numel() and int(codes.max()) >= spec.num_entries:
-            raise FormatError(
-                f"`codes` holds {int(codes.max())}; expected values below {spec.num_entries} "
-                f"for num_bits={spec.num_bits}."
-            )
+        check_codes(codes, spec.num_bits)
         N, K = codes.shape
         check_scales(self.scales, N, K, spec)
         check_table(self.table, N, spec)
@@ -140,6 +132,24 @@ class QuantizedWeight:
             4 * N * self.spec.num_words(K)
             + self.scales.numel() * self.scales.element_size()
             + self.table.numel() * 4
+        )
+
+
+def check_codes(codes: Tensor, num_bits: int) -> None:
+    """Check dtype, shape and range of unpacked codes.
+
+    Raises:
+        FormatError: not uint8 (N, K), or a code that ``num_bits`` cannot hold.
+    """
+    spec = QuantSpec(num_bits)
+    if codes.dtype != torch.uint8 or codes.ndim != 2:
+        raise FormatError(
+            f"`codes` is {codes.dtype} of shape {tuple(codes.shape)}; expected torch.uint8 (N, K)."
+        )
+    if codes.numel() and int(codes.max()) >= spec.num_entries:
+        raise FormatError(
+            f"`codes` holds {int(codes.max())}; expected values below {spec.num_entries} "
+            f"for num_bits={num_bits}."
         )
 
 
@@ -204,7 +214,7 @@ class CheckpointConfig:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
+        if self.format_version not in range(1, FORMAT_VERSION + 1) or self.format_version is True:
             raise FormatError(
                 f"The checkpoint has format version {self.format_version!r}; this package reads up "
                 f"to {FORMAT_VERSION}. Upgrade flute, or quantise the model again."
@@ -215,7 +225,12 @@ class CheckpointConfig:
             raise FormatError(
                 f"`scale_dtype` is {self.scale_dtype!r}; expected one of {tuple(SCALE_DTYPES)}."
             )
-        object.__setattr__(self, "modules_to_not_convert", tuple(self.modules_to_not_convert))
+        names = self.modules_to_not_convert
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise FormatError(f"`modules_to_not_convert` is {names!r}; expected a list of names.")
+        object.__setattr__(self, "modules_to_not_convert", tuple(names))
+        if not isinstance(self.overrides, Mapping):
+            raise FormatError(f"`overrides` is {self.overrides!r}; expected an object.")
         QuantSpec(self.num_bits, self.group_size)
         for name in self.overrides:
             self.spec_of(name)
@@ -223,6 +238,11 @@ class CheckpointConfig:
     def spec_of(self, module_name: str) -> QuantSpec:
         """Return the spec of a module, its override applied."""
         override = self.overrides.get(module_name, {})
+        if not isinstance(override, Mapping):
+            raise FormatError(
+                f"The override of `{module_name}` is {override!r}; expected an object with "
+                "`num_bits`, `group_size`, or both."
+            )
         unknown = set(override) - {"num_bits", "group_size"}
         if unknown:
             raise FormatError(
@@ -254,4 +274,11 @@ class CheckpointConfig:
         if "format_version" not in config:
             raise FormatError("`quantization_config` has no `format_version`; expected 1.")
         known = {f.name for f in fields(cls)}
-        return cls(**{key: value for key, value in config.items() if key in known})
+        optional = ("modules_to_not_convert", "overrides")  # null stands for nothing
+        return cls(
+            **{
+                key: value
+                for key, value in config.items()
+                if key in known and not (value is None and key in optional)
+            }
+        )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from flute.format import QuantizedWeight, QuantSpec
+from flute.errors import FormatError
+from flute.format import TENSOR_NAMES, QuantizedWeight, QuantSpec
 from flute.ops import lut_gemm
 from flute.pack import pack_codes, unpack_codes
 from flute.reference import dequantize_packed
@@ -72,7 +75,20 @@ class LutLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x`` of shape (..., K); returns (..., N) in the dtype of ``x``."""
+        if x.ndim and x.shape[-1] != self.in_features:
+            raise FormatError(f"`x` has {x.shape[-1]} features; expected K={self.in_features}.")
         return lut_gemm(x, self.codes, self.scales, self.table, self.spec, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LutLinear:
+        """Move everything, but let casts (`half`, `to(dtype)`) reach only the bias."""
+        parameters = {name: self._parameters.get(name) for name in TENSOR_NAMES}
+        kept = {name: p.data for name, p in parameters.items() if p is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in kept.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != tensor.dtype:
+                parameter.data = tensor.to(parameter.device)
+        return self
 
     def quantized_weight(self) -> QuantizedWeight:
         """Return the unpacked weight, checked against the format's invariants."""

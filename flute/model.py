@@ -24,7 +24,7 @@ from flute.linear import LutLinear
 from flute.methods import METHODS, check_weight, resolve_table
 from flute.tables import TABLES, TableLike
 
-ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
+ROUTER_NAMES = ("gate", "router", "shared_expert_gate", "wg")
 """Last components of the names of MoE routers: tiny, and every token's path hangs on them."""
 
 
@@ -109,9 +109,11 @@ def plan_model(model: nn.Module, options: QuantizeOptions, prefix: str = "") -> 
         if isinstance(module, nn.Linear)
     }
     dense = _dense_by_kind(model, prefix)
-    for name in linears:
-        if any(matches(name, pattern) for pattern in options.skip):
-            dense[name] = "skipped by pattern"
+    for pattern in options.skip:
+        matched = [name for name in linears if matches(name, pattern)]
+        dense |= dict.fromkeys(matched, "skipped by pattern")
+        if not matched:
+            warnings.warn(f"`skip` pattern {pattern!r} matches no linear layer.", stacklevel=3)
     shapes = {
         name: (module.out_features, module.in_features)
         for name, module in linears.items()
@@ -136,8 +138,8 @@ def plan_model(model: nn.Module, options: QuantizeOptions, prefix: str = "") -> 
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Tell whether a module name is the pattern, ends in its components, or fits its wildcards."""
-    return fnmatch(name, pattern) or name.endswith("." + pattern)
+    """Tell whether a module name, or its last components, fit a pattern with wildcards."""
+    return fnmatch(name, pattern) or fnmatch(name, "*." + pattern)
 
 
 def _dense_by_kind(model: nn.Module, prefix: str) -> dict[str, str]:
@@ -158,12 +160,25 @@ def _dense_by_kind(model: nn.Module, prefix: str) -> dict[str, str]:
             dense[prefix + name] = "output head"
         elif name.rpartition(".")[2] in ROUTER_NAMES:
             dense[prefix + name] = "MoE router"
+        elif module.in_features < min(GROUP_SIZES):
+            dense[prefix + name] = f"rows of {module.in_features} weights are too short"
+        elif any(part in _kept_in_fp32(model) for part in name.split(".")):
+            dense[prefix + name] = "its model keeps it in float32"
+        elif isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            dense[prefix + name] = "its parent reads the weight instead of calling it"
     tied = {name for names in by_parameter.values() if len(names) > 1 for name in names}
     tied |= {key.removesuffix(".weight") for key in getattr(model, "all_tied_weights_keys", {})}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name in tied:
             dense.setdefault(prefix + name, "tied to another layer")
     return dense
+
+
+def _kept_in_fp32(model: nn.Module) -> set[str]:
+    names: set[str] = set()
+    for kind in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        names |= set(getattr(model, kind, None) or ())
+    return names
 
 
 def _fit_groups(
@@ -234,7 +249,11 @@ def quantize_weight(
     check_weight(weight, f"{name}.weight", first_row)
     spec = config.spec_of(name)
     entries = resolve_table(config.method, table, spec.num_bits).to(weight.device)
-    return METHODS[config.method](weight.float(), spec, entries, SCALE_DTYPES[config.scale_dtype])
+    dense, scale_dtype = weight.detach().float().contiguous(), SCALE_DTYPES[config.scale_dtype]
+    try:
+        return METHODS[config.method](dense, spec, entries, scale_dtype)
+    except FormatError as error:
+        raise FormatError(f"`{name}.weight`: {error}") from error
 
 
 def empty_lut_linear(linear: nn.Linear, name: str, config: CheckpointConfig) -> LutLinear:
@@ -287,4 +306,7 @@ def quantize_model(
         model.set_submodule(name, layer)
         if progress:
             progress(name, N * K)
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "to_dict"):  # for save_pretrained to record
+        config.quantization_config = plan.config.to_dict()
     return plan

@@ -59,7 +59,9 @@ def lut_gemm(
 
     Reference: Guo et al. 2024, arXiv 2407.10960.
     """
-    flat = x.reshape(-1, x.shape[-1])
+    if not x.ndim:
+        raise FormatError("`x` is a scalar; expected shape (..., K).")
+    flat = x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
     out: Tensor = torch.ops.flute.lut_gemm(
         flat, packed, scales, table, bias, spec.num_bits, spec.group_size
     )
@@ -92,16 +94,22 @@ def _check(
         raise FormatError(
             f"`x` is {x.dtype} of shape {tuple(x.shape)}; expected fp16, bf16 or fp32 (M, K)."
         )
-    N, K = packed.shape[0], x.shape[1]
-    check_packed(packed, num_bits, K)
-    check_scales(scales, N, K, spec)
-    check_table(table, N, spec)
+    _check_weight(packed, scales, table, spec, x.shape[1])
+    N = packed.shape[0]
     if bias is not None and tuple(bias.shape) != (N,):
         raise FormatError(f"`bias` has shape {tuple(bias.shape)}; expected (N,) = ({N},).")
+    if bias is not None and not bias.is_floating_point():
+        raise FormatError(f"`bias` is {bias.dtype}; expected a floating-point dtype.")
     for name, tensor in (("packed", packed), ("scales", scales), ("table", table), ("bias", bias)):
         if tensor is not None and tensor.device != x.device:
             raise FormatError(f"`{name}` is on {tensor.device}; expected {x.device}, where `x` is.")
     return spec
+
+
+def _check_weight(packed: Tensor, scales: Tensor, table: Tensor, spec: QuantSpec, K: int) -> None:
+    check_packed(packed, spec.num_bits, K)
+    check_scales(scales, packed.shape[0], K, spec)
+    check_table(table, packed.shape[0], spec)
 
 
 def _lut_gemm(
@@ -140,6 +148,9 @@ def _dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     spec = QuantSpec(num_bits, group_size)
+    _check_weight(packed, scales, table, spec, K)
+    if dtype not in _DTYPES:
+        raise FormatError(f"`dtype` is {dtype}; expected fp16, bf16 or fp32.")
     return reference.dequantize_packed(packed, scales, table, spec, K, dtype)
 
 
@@ -160,10 +171,10 @@ def _lut_gemm_autocast(device_type: str) -> Any:
     mask = torch._C.DispatchKeySet(key[device_type])
 
     def autocast(x: Tensor, *args: Any) -> Tensor:
+        if x.dtype in _DTYPES:  # others are refused below, as without autocast
+            x = x.to(torch.get_autocast_dtype(device_type))
         with torch._C._ExcludeDispatchKeyGuard(mask):
-            out: Tensor = torch.ops.flute.lut_gemm(
-                x.to(torch.get_autocast_dtype(device_type)), *args
-            )
+            out: Tensor = torch.ops.flute.lut_gemm(x, *args)
             return out
 
     return autocast

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flute.errors import FormatError
+from flute.format import QuantSpec, check_codes
 
 _CODES_PER_UNIT = {2: 4, 3: 8, 4: 2}
 """Fewest codes that fill whole bytes."""
@@ -32,11 +33,16 @@ def pack_codes(codes: Tensor, num_bits: int) -> Tensor:
 
     Returns:
         int32, shape (N, ceil(K * num_bits / 32)), on the same device.
+
+    Raises:
+        FormatError: another dtype or shape, or a code out of range.
     """
+    check_codes(codes, num_bits)
     N, K = codes.shape
-    num_words = -(-K * num_bits // 32)
+    num_words = QuantSpec(num_bits).num_words(K)
     unit = _CODES_PER_UNIT[num_bits]
-    codes = F.pad(codes, (0, -K % 32)).view(N, -1, unit)
+    num_padded = K + -K % 32
+    codes = F.pad(codes, (0, num_padded - K)).view(N, num_padded // unit, unit)
     if num_bits == 3:
         stream = codes[..., 0].to(torch.int32)
         for i in range(1, unit):
@@ -46,7 +52,8 @@ def pack_codes(codes: Tensor, num_bits: int) -> Tensor:
         stream = codes[..., 0].clone()
         for i in range(1, unit):
             stream |= codes[..., i] << (num_bits * i)
-    return stream.reshape(N, -1)[:, : 4 * num_words].contiguous().view(torch.int32)
+    stream = stream.reshape(N, num_padded * num_bits // 8)[:, : 4 * num_words]
+    return _compact(stream).view(torch.int32).view(N, num_words)
 
 
 def unpack_codes(packed: Tensor, num_bits: int, K: int) -> Tensor:
@@ -66,15 +73,24 @@ def unpack_codes(packed: Tensor, num_bits: int, K: int) -> Tensor:
     check_packed(packed, num_bits, K)
     N = packed.shape[0]
     unit = _CODES_PER_UNIT[num_bits]
-    stream = packed.contiguous().view(torch.uint8).reshape(N, packed.shape[1] * 4)
+    stream = row_bytes(packed)
     if num_bits == 3:
-        stream = F.pad(stream, (0, -stream.shape[1] % 3)).view(N, -1, 3)
-        stream = F.pad(stream, (0, 1)).view(torch.int32)
-        codes = [(stream >> (3 * i)).to(torch.uint8) & 7 for i in range(unit)]
-        return torch.cat(codes, -1).reshape(N, -1)[:, :K].contiguous()
+        stream = F.pad(stream, (0, -stream.shape[1] % 3))
+        stream = F.pad(stream.view(N, stream.shape[1] // 3, 3), (0, 1)).view(torch.int32)
+        stream = stream.squeeze(-1)
     mask = (1 << num_bits) - 1
-    codes = [(stream >> (num_bits * i)) & mask for i in range(unit)]
-    return torch.stack(codes, -1).reshape(N, -1)[:, :K].contiguous()
+    codes = [(stream >> (num_bits * i)).to(torch.uint8) & mask for i in range(unit)]
+    return torch.stack(codes, -1).flatten(1)[:, :K].contiguous()
+
+
+def row_bytes(packed: Tensor) -> Tensor:
+    """Return packed codes as bytes: uint8, shape (N, 4 * words)."""
+    return _compact(packed).view(torch.uint8).view(packed.shape[0], 4 * packed.shape[1])
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """A flat copy. `contiguous` won't do: a dimension of length 1 keeps a stride no view allows."""
+    return tensor.clone(memory_format=torch.contiguous_format).view(-1)
 
 
 def check_packed(packed: Tensor, num_bits: int, K: int) -> None:
@@ -83,7 +99,7 @@ def check_packed(packed: Tensor, num_bits: int, K: int) -> None:
     Raises:
         FormatError: they disagree with ``num_bits`` and ``K``.
     """
-    num_words = -(-K * num_bits // 32)
+    num_words = QuantSpec(num_bits).num_words(K)
     if packed.dtype != torch.int32 or packed.ndim != 2 or packed.shape[1] != num_words:
         raise FormatError(
             f"`codes` is {packed.dtype} of shape {tuple(packed.shape)}; expected torch.int32 "

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flute.format import QuantizedWeight, QuantSpec
-from flute.pack import unpack_codes
+from flute.pack import row_bytes, unpack_codes
 
 _CHUNK = 1 << 24
 """Weights expanded at a time; bounds the scratch of `dequantize_packed` to about 200 MB."""
@@ -42,7 +42,7 @@ def _look_up(
     table = table.to(dtype).float()
     index = codes.long()
     values = table[0][index] if table.shape[0] == 1 else table.gather(1, index)
-    groups = values.view(len(values), -1, group_length)
+    groups = values.view(*scales.shape, group_length)
     return (groups * scales.float().unsqueeze(-1)).flatten(1).to(dtype)
 
 
@@ -68,8 +68,8 @@ def dequantize_packed(
     """
     N = packed.shape[0]
     out = torch.empty(N, K, dtype=dtype, device=packed.device)
-    rows, length = max(1, _CHUNK // K), spec.group_length(K)
-    per_row = table.shape[0] > 1
+    rows, length = max(1, _CHUNK // max(1, K)), spec.group_length(K)
+    per_row = table.shape[0] != 1
     multi = None if per_row else _multi_table(table[0].to(dtype).float(), spec.num_bits)
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
@@ -79,7 +79,8 @@ def dequantize_packed(
             continue
         index = _multi_index(packed[part], spec.num_bits)
         values = multi.index_select(0, index.view(-1)).view(torch.float32)
-        groups = values.view(len(index), -1)[:, :K].reshape(len(index), -1, length)
+        values = values.view(len(index), values.numel() // len(index))
+        groups = values[:, :K].reshape(*scales[part].shape, length)
         out[part] = (groups * scales[part].float().unsqueeze(-1)).flatten(1)
     return out
 
@@ -94,7 +95,7 @@ def _multi_table(table: Tensor, num_bits: int) -> Tensor:
 
 def _multi_index(packed: Tensor, num_bits: int) -> Tensor:
     """Indices into `_multi_table`: bytes (4 and 2 bits) or 12-bit fields (3 bits), int32."""
-    stream = packed.contiguous().view(torch.uint8).reshape(packed.shape[0], packed.shape[1] * 4)
+    stream = row_bytes(packed)
     if num_bits != 3:
         return stream.to(torch.int32)
     pad = -stream.shape[1] % 3

@@ -125,11 +125,18 @@ def get_table(table: TableLike, num_bits: int) -> Tensor:
         else:
             source, values = f"`{name}`", read_table_file(Path(name))
     try:
-        tensor = torch.as_tensor(values).to(torch.float32)
+        if isinstance(values, np.ndarray):  # torch takes neither reversed nor foreign byte order
+            values = values.astype(values.dtype.newbyteorder("="), order="C")
+        # Why explicit: callers run under other default dtypes (bf16) and devices (meta).
+        if not isinstance(values, Tensor):
+            values = torch.as_tensor(values, dtype=_exact_dtype(values), device="cpu")
+        if values.is_complex():
+            raise TypeError("complex numbers")
+        tensor = values.detach().to(torch.float32, copy=True)
     except (TypeError, ValueError, RuntimeError) as error:
         raise FormatError(f"{source} is not a list of numbers: {error}") from error
     tensor = tensor.unsqueeze(0) if tensor.ndim == 1 else tensor
-    if tensor.ndim != 2 or tensor.shape[1] != 1 << num_bits:
+    if tensor.ndim != 2 or tensor.shape[1] != 1 << num_bits or not len(tensor):
         raise FormatError(
             f"{source} has shape {tuple(tensor.shape)}; expected {1 << num_bits} entries "
             f"(or N rows of them) for num_bits={num_bits}."
@@ -158,7 +165,7 @@ def read_table_file(path: Path) -> object:
             p, delimiter=None if "," not in p.read_text() else ","
         ).tolist(),
         ".npy": lambda p: np.load(p, allow_pickle=False),
-        ".safetensors": lambda p: next(iter(load_file(p).values())),
+        ".safetensors": _only_tensor,
     }
     if path.suffix not in readers:
         raise FormatError(f"`{path}` has suffix {path.suffix!r}; expected one of {tuple(readers)}.")
@@ -166,3 +173,14 @@ def read_table_file(path: Path) -> object:
         return readers[path.suffix](path)
     except Exception as error:
         raise FormatError(f"`{path}` cannot be read as a table: {error}") from error
+
+
+def _exact_dtype(values: object) -> torch.dtype | None:
+    return None if isinstance(values, np.ndarray) else torch.float64
+
+
+def _only_tensor(path: Path) -> Tensor:
+    tensors = load_file(path)
+    if len(tensors) != 1:
+        raise ValueError(f"it holds {len(tensors)} tensors; expected one")
+    return next(iter(tensors.values()))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flute.errors import FormatError
-from flute.format import QuantizedWeight, QuantSpec
+from flute.format import SCALE_DTYPES, QuantizedWeight, QuantSpec, check_table
 from flute.methods import absmax, mse
 from flute.tables import TABLES, TableLike, get_table
 
@@ -89,7 +89,10 @@ def quantize(
     check_weight(weight, "weight")
     spec.group_length(weight.shape[1])
     entries = resolve_table(method, table, num_bits).to(weight.device)
-    return METHODS[method](weight.float(), spec, entries, scale_dtype)
+    check_table(entries, weight.shape[0], spec)
+    if scale_dtype not in SCALE_DTYPES.values():
+        raise FormatError(f"`scale_dtype` is {scale_dtype}; expected float16, bfloat16 or float32.")
+    return METHODS[method](weight.detach().float().contiguous(), spec, entries, scale_dtype)
 
 
 def check_weight(weight: Tensor, name: str, first_row: int = 0) -> None:

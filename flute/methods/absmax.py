@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
+from flute.errors import FormatError
 from flute.format import QuantizedWeight, QuantSpec
 from flute.methods.nearest import nearest_codes
 
@@ -27,12 +30,15 @@ def quantize(
         The codes, scales and table.
     """
     N, K = weight.shape
-    groups = weight.view(N, -1, spec.group_length(K))
-    low, high = -table.amin(1), table.amax(1)
-    ends = torch.stack((low, high)).masked_fill(torch.stack((low, high)) <= 0, torch.inf)
-    reach = ends.amin(0)[:, None]
-    scales = storable_scales(groups.abs().amax(2) / reach, scale_dtype)
+    groups = weight.view(N, spec.num_groups(K), spec.group_length(K))
+    scales = storable_scales(groups.abs().amax(2) / reach_of(table)[:, None], scale_dtype)
     return QuantizedWeight(round_to_table(groups, scales, table), scales, table, spec)
+
+
+def reach_of(table: Tensor) -> Tensor:
+    """Return how far each row of a table reaches to both sides of zero, shape (1 | N,)."""
+    ends = torch.stack((-table.amin(1), table.amax(1)))
+    return ends.masked_fill(ends <= 0, torch.inf).amin(0)
 
 
 def round_to_table(groups: Tensor, scales: Tensor, table: Tensor) -> Tensor:
@@ -43,11 +49,32 @@ def round_to_table(groups: Tensor, scales: Tensor, table: Tensor) -> Tensor:
         scales: as stored, shape (N, groups).
         table: fp32, shape (1 | N, 2**num_bits).
     """
-    inverse = scales.float().reciprocal().nan_to_num(0.0, 0.0, 0.0)
-    return nearest_codes((groups * inverse.unsqueeze(-1)).flatten(1), table)
+    divisor = scales.float().masked_fill(scales == 0, torch.inf)
+    return nearest_codes((groups / divisor.unsqueeze(-1)).flatten(1), table)
 
 
 def storable_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round scales to the dtype they are stored in, within its finite range."""
+    """Round scales to the dtype they are stored in.
+
+    A scale at most 10 % beyond its finite range is clamped; codes chosen for it make up for that.
+    Where scales vanish in ``dtype``, so do the weights of their groups: a warning says so.
+
+    Raises:
+        FormatError: a scale is further out of range.
+    """
     limit = torch.finfo(dtype).max
-    return scales.clamp(-limit, limit).to(dtype)
+    largest = float(scales.abs().max())
+    if not largest <= 1.1 * limit:
+        raise FormatError(
+            f"A group needs the scale {largest:.4g}; {dtype} ends at {limit:.4g}. Store wider "
+            "scales (`scale_dtype`), or use a table of larger numbers."
+        )
+    stored = scales.clamp(-limit, limit).to(dtype)
+    lost = int(((stored == 0) & (scales != 0)).sum())
+    if lost:
+        warnings.warn(
+            f"{lost} of {scales.numel()} groups need scales too small for {dtype}; their weights "
+            "become zero. Store wider scales (`scale_dtype`) if they matter.",
+            stacklevel=4,
+        )
+    return stored

@@ -18,13 +18,16 @@ import torch
 from torch import Tensor
 
 from flute.format import QuantizedWeight, QuantSpec
-from flute.methods.absmax import round_to_table, storable_scales
+from flute.methods.absmax import reach_of, round_to_table, storable_scales
 from flute.methods.nearest import midpoints
 
 _NUM_CANDIDATES = 12
-"""Scales tried per sign. Gaussian weights, group 64, nf4: 0.1 % more error than 60 candidates."""
-_LOWEST_RATIO = {4: 0.55, 3: 0.30, 2: 0.30}
-"""Smallest candidate, as a share of the absmax scale, by bits; the largest is 1.05."""
+"""Scales tried per sign, the first of them that of absmax, so that the result is never worse.
+Gaussian weights, group 64, nf4: 0.3 % more error than 1200 candidates."""
+_RATIOS = {4: (0.55, 1.5), 3: (0.30, 1.05), 2: (0.30, 1.05)}
+"""Smallest and largest candidate as shares of the absmax scale, by bits. Above 1, the largest
+weight of a group moves to the entry inside the table's end: it pays for 16 entries (group 32: 2 %
+less error for nf4, 6 % for fp4), not for fewer, nor beyond the scale that puts it there."""
 _NUM_REFINEMENTS = 2
 """Rounds of (codes for the scale, best scale for those codes) from each candidate."""
 _BLOCK = 1 << 18
@@ -56,7 +59,7 @@ def quantize(
             search_scales(
                 weight[start : start + rows].view(-1, length),
                 _table_per_group(table, start, rows, K // length),
-                _LOWEST_RATIO[spec.num_bits],
+                _RATIOS[spec.num_bits],
             )
             for start in range(0, N, rows)
         ]
@@ -74,26 +77,25 @@ def _table_per_group(table: Tensor, start: int, rows: int, num_groups: int) -> T
     return table.sort(dim=1)[0]
 
 
-def search_scales(groups: Tensor, entries: Tensor, lowest_ratio: float) -> Tensor:
+def search_scales(groups: Tensor, entries: Tensor, ratios: tuple[float, float]) -> Tensor:
     """Return the signed scale of least squared error for each group.
 
     Args:
         groups: fp32, shape (R, G): R groups of G weights.
         entries: fp32, ascending, shape (1, T) or (R, T).
-        lowest_ratio: the smallest candidate, as a share of the absmax scale.
+        ratios: the smallest and the largest candidate, as shares of the absmax scale.
 
     Returns:
         fp32, shape (R,).
     """
-    ascending = groups.sort(dim=1)[0]
+    largest = groups.abs().amax(1)
+    # In units of the largest weight, so that squares neither overflow nor vanish.
+    ascending = (groups / largest.masked_fill(largest == 0, 1)[:, None]).sort(dim=1)[0]
     sums_above = torch.nn.functional.pad(ascending.flip(1).cumsum(1).flip(1), (0, 1))
-    largest = torch.maximum(-ascending[:, 0], ascending[:, -1])
-    ratios = torch.linspace(lowest_ratio, 1.05, _NUM_CANDIDATES, device=groups.device)
     best_gain = groups.new_zeros(len(groups))
     best_scale = groups.new_zeros(len(groups))
     for sign, table in ((1, entries), (-1, -entries.flip(1))):
-        reach = torch.maximum(-table[:, 0], table[:, -1])
-        scales = (largest / reach).unsqueeze(1) * ratios
+        scales = _candidates(table, ratios).expand(len(groups), -1)
         for _ in range(1 + _NUM_REFINEMENTS):
             gains, scales = _gains(ascending, sums_above, table, scales)
             gain, winner = gains.max(dim=1)
@@ -101,7 +103,20 @@ def search_scales(groups: Tensor, entries: Tensor, lowest_ratio: float) -> Tenso
             better = gain > best_gain
             best_gain = torch.where(better, gain, best_gain)
             best_scale = torch.where(better, sign * scales[:, 0], best_scale)
-    return best_scale
+    return best_scale * largest
+
+
+def _candidates(table: Tensor, ratios: tuple[float, float]) -> Tensor:
+    """Scales to try for groups whose largest weight is 1: ascending table (1 | R, T) -> (1 | R, C).
+
+    A lopsided table's smallest is counted from its farther end, its largest from the nearer.
+    """
+    reach = reach_of(table)[:, None]
+    inner = torch.where(-table[:, :1] == reach, -table[:, 1:2], table[:, -2:-1])
+    low = ratios[0] / table.abs().amax(1, keepdim=True)
+    high = (reach / inner.clamp_min(1e-9 * reach)).clamp(1.05, ratios[1]) / reach
+    steps = torch.linspace(0, 1, _NUM_CANDIDATES - 1, device=table.device)
+    return torch.cat((1 / reach, low + (high - low) * steps), 1)
 
 
 def _gains(
