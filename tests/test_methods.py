@@ -133,7 +133,7 @@ def test_rows_are_independent(method, num_bits, per_row):
 def test_blocks_and_threads_make_no_difference(method, monkeypatch):
     weight, table = gaussian(60, 640), own_table(method, 4)
     first = quantize(weight, 4, 64, method=method, table=table)
-    monkeypatch.setattr(mse, "_BLOCK", 5 * 640)
+    monkeypatch.setattr(mse, "_BLOCK", {"cpu": 5 * 640})
     torch.set_num_threads(2)
     try:
         second = quantize(weight, 4, 64, method=method, table=table)
