@@ -26,11 +26,11 @@ from flute.ops import lut_gemm
 from flute.pack import pack_codes, unpack_codes
 from flute.reference import dequantize
 from flute.tables import get_table
+from flute.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from flute.integrations.huggingface import FluteConfig, from_pretrained
 
-__version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "ChecksumError",

@@ -25,6 +25,7 @@ from flute.methods import check_finite
 from flute.model import ModelPlan, QuantizeOptions, plan_model, quantize_weight
 from flute.pack import pack_codes
 from flute.tables import get_table
+from flute.version import __version__
 from flute.writer import OutputTensor, Progress, Unit, read_side_files, write_checkpoint
 
 _BLOCK_WEIGHTS = 1 << 21
@@ -330,6 +331,7 @@ def fingerprint(reader: CheckpointReader) -> dict[str, Any]:
     """Return what tells one state of a source from another, short of reading its weights."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in reader.files]
     return {
+        "version": __version__,
         "files": files,
         "tensors": [(n, str(reader.dtype(n)), reader.shape(n)) for n in reader.names],
         "source_config": reader.config,

@@ -19,7 +19,7 @@ import flute
 PACKAGE = ROOT / "flute"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
-    ("errors",),
+    ("errors", "version"),
     ("format",),
     ("tables", "pack", "config", "jit"),
     ("reference",),
