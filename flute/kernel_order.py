@@ -1,7 +1,7 @@
 """Kernel order: codes and scales as the GPU kernels read them. Pure, invertible, on any device.
 
 Knows plain codes and the order below, the same for all GPUs; `flute/kernels/lookup.cuh` states it in
-CUDA C++. A matrix (N, K) is padded with zeros to N = 16 tiles and K = 64 chunks = 256 i:
+CUDA C++. A matrix (N, K) is padded with zeros: N = 16 tiles, K = 64 chunks = 256 i:
 
     packed int32 (tiles, chunks, words of a chunk)
     scales (tiles, groups, 8, 2): rows g and g + 8 side by side; one scale per row: (16 tiles,)

@@ -63,8 +63,8 @@ def load_or_compile(
         lock = open(folder / f"{key}.lock", "w")  # noqa: SIM115 (closed below)
     except OSError as error:
         warnings.warn(
-            f"The kernel cache `{folder}` cannot be written ({error.strerror}); kernels are compiled "
-            f"in every process. Set {ENVIRONMENT} to a folder that can.",
+            f"The kernel cache `{folder}` cannot be written ({error.strerror}); kernels are "
+            f"compiled in every process. Set {ENVIRONMENT} to a folder that can.",
             stacklevel=2,
         )
         return compile_(source, arch)
@@ -102,7 +102,7 @@ def _read(folder: Path, key: str) -> Cubin | None:
     entry_path, code_path = folder / f"{key}.json", folder / f"{key}.cubin"
     try:
         text = entry_path.read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, UnicodeDecodeError):
         text = ""
