@@ -85,6 +85,8 @@ def _preferred(num_bits: int, group_size: int, m: int, n: int, k: int, gpu: Gpu)
     # Why tight: with more scales, or another ptxas, 4 tiles would spill.
     tight = 0 < group_size < 128 or gpu.arch != "sm_90a"
     kept_tiles = min(tiles, 2) if tight else tiles
+    if gpu.arch != "sm_90a":  # NVRTC 13.5: 4 to 20 bytes of spills on sm_80 and sm_100 with two
+        kept_tiles = 1
     if m > 16:
         return [
             (
@@ -112,18 +114,15 @@ def _preferred(num_bits: int, group_size: int, m: int, n: int, k: int, gpu: Gpu)
             **kept,
         }
         pairs = {**wide, "panel": 4, "part": 1, "tiles": min(tiles, 2), "stages": 2, **kept}
-        if (
-            0 < group_size < 128
-        ):  # 16 warps have 128 registers: not enough for two columns and many scales
+        if 0 < group_size < 128:  # 16 warps have 128 registers: too few for that many scales
             return [(1, narrow)]
         return (
             [(1, narrow), (1, pairs)]
             if num_bits == 4 and tiles_per_sm < 8
             else [(1, pairs), (1, narrow)]
         )
-    if (
-        tiles_per_sm < 2.5 and k <= 8192
-    ):  # short: two blocks per SM, so that the next kernel starts under this one
+    if tiles_per_sm < 2.5 and k <= 8192:
+        # Short: two blocks per SM, so that the next kernel starts under this one.
         if m == 1:
             return [
                 (
@@ -159,7 +158,7 @@ def _preferred(num_bits: int, group_size: int, m: int, n: int, k: int, gpu: Gpu)
                     **wide,
                     "panel": 8,
                     "part": 2,
-                    "tiles": 2 if num_bits == 4 or tight else 4,
+                    "tiles": min(kept_tiles, 2) if num_bits == 4 or tight else 4,
                     "stages": 2,
                     **kept,
                 },

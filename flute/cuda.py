@@ -146,17 +146,18 @@ def multiply(
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
     out = x.new_empty(M, N)
-    device = x.device
+    device, dtype, bits, group = x.device, x.dtype, spec.num_bits, spec.group_size
+    index, rows_differ = device.index, table.shape[0] > 1
     weight = (packed.data_ptr(), scales.data_ptr(), table.data_ptr())
     bias_at = 0 if bias is None else bias.data_ptr()
-    with torch.cuda.device(device) if device.index != torch.cuda.current_device() else _HERE:
-        stream = torch._C._cuda_getCurrentRawStream(device.index)
+    with _HERE if index == torch._C._cuda_getDevice() else torch.cuda.device(device):
+        stream = torch._C._cuda_getCurrentRawStream(index)
         for start in range(0, M, DECODE_M):
             count = min(DECODE_M, M - start)
-            key = (count, N, K, spec, x.dtype, scales.dtype, table.shape[0] > 1, device.index)
+            key = (count, N, K, bits, group, dtype, scales.dtype, rows_differ, index)
             found = _launchers.get(key)
             if found is None:
-                problem = problem_of(count, N, K, spec, x.dtype, scales, table)
+                problem = problem_of(count, N, K, spec, dtype, scales, table)
                 found = _decode_launcher(key, problem, device)
                 if found is None:
                     return _multiply_dense(x, packed, scales, table, bias, spec, N)

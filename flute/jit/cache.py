@@ -7,8 +7,8 @@
 
 Concurrency contract: files are written under a temporary name and renamed, so a reader sees all of
 one or none; one process compiles a key while others wait for it; a killed writer leaves nothing
-that counts, and its lock dies with it. Failures are never cached. An entry that does not agree with its
-checksum is deleted, warned about once, and rebuilt.
+that counts, and its lock dies with it. Failures are never cached. An entry that does not agree with
+its checksum is deleted, warned about once, and rebuilt.
 """
 
 from __future__ import annotations
