@@ -1,4 +1,6 @@
-"""Relative squared error and speed of the methods that need no data, on Gaussian and heavy-tailed weights.
+"""Relative squared error and speed of the methods that need no data.
+
+On Gaussian weights and heavy-tailed ones (Student-t with 5 degrees of freedom).
 
 Usage: python benchmarks/bench_methods.py [--json benchmarks/results/methods.json]
 """
@@ -50,8 +52,11 @@ def main() -> None:
         head = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
         args.json.write_text(json.dumps({**head, "shape": SHAPE, "records": records}, indent=1))
     rows = [
-        [r["weights"], r["num_bits"], r["group_size"], r["method"], f"{r['error']:.5f}"]
-        + [f"{r['mweights_per_second']:.1f}"]
+        [
+            *(r[key] for key in ("weights", "num_bits", "group_size", "method")),
+            f"{r['error']:.5f}",
+            f"{r['mweights_per_second']:.1f}",
+        ]
         for r in records
     ]
     columns = ["weights", "bits", "group", "method", "error", "M weights/s"]

@@ -1,7 +1,7 @@
 """The whole path on a real model, with no GPU: quantise to 4, 3 and 2 bits, measure, generate.
 
-Prints one table (bits, bytes, ratio, perplexity), a sample of text from each model, and writes a plot.
-Run it with `make demo`, or `python examples/demo.py --out FOLDER`.
+Prints one table (bits, bytes, ratio, perplexity) and a sample of text from each model, and writes a
+plot. Run it with `make demo`, or `python examples/demo.py --out FOLDER`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 
 import flute
 from flute.checkpoint import CheckpointReader
-from flute.console import Bar, megabytes, print_table, quiet_transformers
 from flute.cli.loading import load_model, load_tokenizer
+from flute.console import Bar, megabytes, print_table, quiet_transformers
 from flute.evaluate import perplexity, read_text, to_windows
 from flute.model import QuantizeOptions
 from flute.plot import plot_quality

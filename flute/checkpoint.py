@@ -77,11 +77,15 @@ class CheckpointReader:
             )
 
     def _find_files(self) -> dict[str, Path]:
-        if self.index:
+        index = self.directory / INDEX_NAME
+        if index.exists():
             weight_map = self.index.get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
+                raise CheckpointError(f"`{index}` has no `weight_map`. Download it again.")
+            nameless = [name for name, file in weight_map.items() if not isinstance(file, str)]
+            if nameless:
                 raise CheckpointError(
-                    f"`{self.directory / INDEX_NAME}` has no `weight_map`. Download it again."
+                    f"`{index}` names no file for `{nameless[0]}`. Download it again."
                 )
             files = {name: self.directory / file for name, file in weight_map.items()}
             absent = sorted({str(path) for path in files.values() if not path.exists()})
@@ -169,8 +173,8 @@ class CheckpointReader:
                 recorded |= json.loads((file.metadata() or {}).get(CHECKSUM_METADATA, "{}"))
         if recorded:
             return {name: crc for name, crc in recorded.items() if name in self._info}
-        in_index = self.index.get("metadata", {}).get("checksums", {}).get("tensors", {})
-        return dict(in_index)
+        in_index = (self.index.get("metadata") or {}).get("checksums") or {}
+        return dict(in_index.get("tensors", {}))
 
     def crc32(self, name: str) -> str:
         """Return the crc32 of a tensor's bytes as they are on disk, 8 hex digits."""

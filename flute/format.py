@@ -154,7 +154,13 @@ def check_codes(codes: Tensor, num_bits: int) -> None:
 
 
 def check_scales(scales: Tensor, N: int, K: int, spec: QuantSpec) -> None:
-    """Check dtype and shape of the scales of an (N, K) weight.
+    """Check dtype and shape of the scales of a weight.
+
+    Args:
+        scales: of any dtype and shape.
+        N: rows of the weight.
+        K: weights per row.
+        spec: bits and group size.
 
     Raises:
         FormatError: they disagree with ``spec``; the message carries both shapes.

@@ -54,6 +54,8 @@ class QuantizeOptions:
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.skip, str):
+            raise FormatError(f"`skip` is {self.skip!r}; expected a list of patterns.")
         object.__setattr__(self, "skip", tuple(self.skip))
         CheckpointConfig(self.num_bits, self.group_size)
         resolve_table(self.method, self.table, self.num_bits)
@@ -105,7 +107,7 @@ def plan_model(model: nn.Module, options: QuantizeOptions, prefix: str = "") -> 
     """
     linears = {
         prefix + name: module
-        for name, module in model.named_modules()
+        for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, nn.Linear)
     }
     dense = _dense_by_kind(model, prefix)
@@ -146,7 +148,7 @@ def _dense_by_kind(model: nn.Module, prefix: str) -> dict[str, str]:
     dense: dict[str, str] = {}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     by_parameter: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         weight = getattr(module, "weight", None)
         if isinstance(module, (nn.Linear, nn.Embedding)) and isinstance(weight, nn.Parameter):
             by_parameter.setdefault(id(weight), []).append(name)
@@ -166,9 +168,11 @@ def _dense_by_kind(model: nn.Module, prefix: str) -> dict[str, str]:
             dense[prefix + name] = "its model keeps it in float32"
         elif isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             dense[prefix + name] = "its parent reads the weight instead of calling it"
+        elif type(module).forward is not nn.Linear.forward:
+            dense[prefix + name] = f"{type(module).__name__} is more than a linear layer"
     tied = {name for names in by_parameter.values() if len(names) > 1 for name in names}
     tied |= {key.removesuffix(".weight") for key in getattr(model, "all_tied_weights_keys", {})}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear) and name in tied:
             dense.setdefault(prefix + name, "tied to another layer")
     return dense
@@ -294,8 +298,14 @@ def quantize_model(
 
     Raises:
         FormatError: as `plan_model` and `quantize_weight`; layers done so far stay quantised.
+        UnsupportedProblemError: as `plan_model`, or the model itself is an `nn.Linear`.
     """
     request = QuantizeOptions(num_bits, group_size, **options)
+    if isinstance(model, nn.Linear):
+        raise UnsupportedProblemError(
+            "`model` is an nn.Linear, which cannot be replaced in place. Use "
+            "`LutLinear.from_quantized(flute.quantize(linear.weight), linear.bias)`."
+        )
     plan = plan_model(model, request)
     for name, (N, K) in plan.shapes.items():
         linear = model.get_submodule(name)

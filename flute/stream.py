@@ -9,6 +9,7 @@ a block, not a model, whatever the model's size.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,8 @@ from flute.pack import pack_codes
 from flute.tables import get_table
 from flute.writer import OutputTensor, Progress, Unit, read_side_files, write_checkpoint
 
-_BLOCK_WEIGHTS = 1 << 23
-"""Weights quantised at a time: about 150 MB of scratch."""
+_BLOCK_WEIGHTS = 1 << 21
+"""Weights quantised at a time: blocks below 32 MB are reused by the allocator, not returned."""
 _QUANTIZABLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -81,6 +82,7 @@ def quantize_checkpoint(
     options = options or QuantizeOptions()
     plan = plan_checkpoint(find_source(source, revision), options)
     reader, config = plan.reader, plan.model_plan.config
+    check_apart(reader.directory, destination)
     side_files = read_side_files(reader.directory) | {
         "config.json": model_config_json(reader.config, config),
         "README.md": model_card(str(source), config, len(plan.layers)).encode(),
@@ -125,8 +127,9 @@ def plan_checkpoint(directory: Path, options: QuantizeOptions) -> CheckpointPlan
         FormatError: a weight has a dtype or shape that does not fit its layer.
     """
     reader = CheckpointReader(directory)
-    if "quantization_config" in reader.config:
-        method = reader.config["quantization_config"].get("quant_method", "unknown")
+    quantized = reader.config.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "?"
         raise UnsupportedProblemError(
             f"`{directory}` is quantised already (quant_method {method!r}). Quantise the dense "
             "model, or use `flute convert` for bitsandbytes and original FLUTE checkpoints."
@@ -135,12 +138,12 @@ def plan_checkpoint(directory: Path, options: QuantizeOptions) -> CheckpointPlan
     plan = plan_model(model, options)
     modules = match_names(model, reader.names)
     layers = {name: module for name, module in modules.items() if module in plan.shapes}
-    missing = sorted(set(plan.shapes) - set(layers.values()))
+    missing = {f"{module}.weight" for module in set(plan.shapes) - set(layers.values())}
+    missing |= _missing_parameters(model, reader.names)
     if missing:
         raise CheckpointError(
-            f"{len(missing)} layers of {type(model).__name__} have no weight in `{directory}`, "
-            f"such as `{missing[0]}.weight`. The checkpoint is incomplete, or of another "
-            "architecture."
+            f"{len(missing)} parameters of {type(model).__name__} are not in `{directory}`, such "
+            f"as `{min(missing)}`. The checkpoint is incomplete, or of another architecture."
         )
     for name, module in layers.items():
         if reader.dtype(name) not in _QUANTIZABLE:
@@ -172,12 +175,14 @@ def meta_model(directory: Path, config: Mapping[str, Any]) -> nn.Module:
     kind, names = config.get("model_type"), config.get("architectures") or []
     known = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
     try:
-        parsed = transformers.AutoConfig.from_pretrained(directory)
+        parsed = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
         with torch.device("meta"):
             if known:
                 model: nn.Module = known[0](parsed)
             else:
-                model = transformers.AutoModelForCausalLM.from_config(parsed)
+                model = transformers.AutoModelForCausalLM.from_config(
+                    parsed, trust_remote_code=False
+                )
     except Exception as error:
         raise UnsupportedProblemError(
             f"transformers {transformers.__version__} cannot build model_type {kind!r}, "
@@ -195,24 +200,42 @@ def match_names(model: nn.Module, names: list[str]) -> dict[str, str]:
         model: on any device, "meta" suffices.
         names: of all tensors on disk.
     """
+    modules = dict(model.named_modules())
+    keys, _ = _model_keys(model, names)
+    return {
+        name: key.removesuffix(".weight")
+        for name, key in keys.items()
+        if key.endswith(".weight")
+        and isinstance(modules.get(key.removesuffix(".weight")), nn.Linear)
+    }
+
+
+def _model_keys(model: nn.Module, names: list[str]) -> tuple[dict[str, str], bool]:
+    """Tensor on disk -> key in the model's state, and whether some are merged or split besides."""
     from transformers import conversion_mapping, core_model_loading
 
-    modules = dict(model.named_modules())
     state = model.state_dict()
     transforms = conversion_mapping.get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, core_model_loading.WeightRenaming)]
     prefix = getattr(model, "base_model_prefix", None)
-    matched = {}
+    keys = {name: name for name in names}
     for name in names:
-        if not name.endswith(".weight"):
-            continue
-        key = name
-        if key not in state:
-            key, _ = core_model_loading.rename_source_key(name, renamings, [], prefix, state)
-        module = key.removesuffix(".weight")
-        if isinstance(modules.get(module), nn.Linear):
-            matched[name] = module
-    return matched
+        if name not in state:
+            keys[name], _ = core_model_loading.rename_source_key(name, renamings, [], prefix, state)
+    return keys, len(renamings) < len(transforms)
+
+
+def _missing_parameters(model: nn.Module, names: list[str]) -> set[str]:
+    """Parameters that no tensor on disk fills, by any name; none are named if some are merged."""
+    keys, are_merged = _model_keys(model, names)
+    by_parameter: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        by_parameter.setdefault(id(parameter), []).append(name)
+    loaded = set(keys.values())
+    absent = {aliases[0] for aliases in by_parameter.values() if loaded.isdisjoint(aliases)}
+    optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    absent = {name for name in absent if not any(re.search(key, name) for key in optional)}
+    return set() if are_merged else absent
 
 
 def _unit(plan: CheckpointPlan, name: str, options: QuantizeOptions, device: torch.device) -> Unit:
@@ -234,7 +257,15 @@ def _unit(plan: CheckpointPlan, name: str, options: QuantizeOptions, device: tor
 def output_tensors(
     layer: str, N: int, K: int, spec: QuantSpec, config: CheckpointConfig
 ) -> tuple[OutputTensor, ...]:
-    """Return name, dtype and shape of the tensors of a quantised layer on disk."""
+    """Return name, dtype and shape of the tensors of a quantised layer on disk.
+
+    Args:
+        layer: name of the layer on disk; a weight's name without ``.weight``.
+        N: rows of the weight.
+        K: weights per row.
+        spec: bits and group size of this layer.
+        config: tells the scales' dtype and the table's scope.
+    """
     rows = N if config.table_scope == "row" else 1
     return (
         OutputTensor(f"{layer}.codes", torch.int32, (N, spec.num_words(K))),
@@ -282,12 +313,26 @@ def _quantize_rows(
             yield f"{layer}.table", weight.table
 
 
+def check_apart(source: Path, destination: str | Path) -> None:
+    """Check that overwriting the destination would not delete the source.
+
+    Raises:
+        CheckpointError: they are one folder, or the source lies in the destination.
+    """
+    folder = Path(destination).resolve()
+    if folder == source.resolve() or folder in source.resolve().parents:
+        raise CheckpointError(
+            f"`{destination}` is or holds the source `{source}`. Choose another folder."
+        )
+
+
 def fingerprint(reader: CheckpointReader) -> dict[str, Any]:
     """Return what tells one state of a source from another, short of reading its weights."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in reader.files]
     return {
         "files": files,
         "tensors": [(n, str(reader.dtype(n)), reader.shape(n)) for n in reader.names],
+        "source_config": reader.config,
     }
 
 

@@ -2,9 +2,8 @@
 
     OUT.partial/                              rename            OUT/
       *.safetensors  preallocated, filled    -------->           config.json  README.md  tokenizer
-      ... journal.jsonl  a line per finished unit                    *.safetensors
-      (config.json and side files last)                          model.safetensors.index.json:
-      checksums
+      .flute-journal  a line per finished unit                   *.safetensors
+      (config.json and side files last)                          *.index.json with checksums
 
 The layout of every file follows from the list of tensors, so it is fixed before the first byte.
 Work is done in units (one source tensor each); a unit's line goes to the journal once its bytes are
@@ -32,13 +31,13 @@ import torch
 from torch import Tensor
 
 from flute.checkpoint import DTYPE_NAMES, INDEX_NAME, tensor_bytes
-from flute.errors import CheckpointError
+from flute.errors import CheckpointError, FormatError
 
 MAX_SHARD_BYTES = 5 * 10**9
 JOB_NAME = ".flute-job"
 """Holds the fingerprint of the job that wrote a folder, so that running it again is recognised."""
-_JOURNAL = "journal.jsonl"
-_LOCK = "lock"
+_JOURNAL = ".flute-journal"
+_LOCK = ".flute-lock"
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,7 @@ class Unit:
         name: unique among the units.
         outputs: the tensors it writes.
         produce: yields (output name, consecutive rows of it) until all outputs are complete; must
-            yield
-            the same bytes each time.
+            yield the same bytes each time.
         num_weights: counted by the progress bar.
     """
 
@@ -101,11 +99,9 @@ def write_checkpoint(
         units: the work, in the order of the files.
         side_files: name -> content of all other files.
         fingerprint: JSON-serialisable description of the job: an interrupted run is resumed only if
-            its
-            fingerprint was the same, and a finished one is not done again.
-        overwrite: replace the folder and drop any interrupted run; the old folder stays until the
-            new
-            one is complete.
+            its fingerprint was the same, and a finished one is not done again.
+        overwrite: replace the folder, and drop an interrupted run of another job; the old folder
+            stays until the new one is complete.
         progress: told about finished units.
         max_shard_bytes: start a new file beyond this size.
 
@@ -114,32 +110,33 @@ def write_checkpoint(
 
     Raises:
         CheckpointError: the folder is occupied, another process writes it, the interrupted run was
-            of
-            another job, the disk is full, or a unit produced other bytes than it announced.
+            of another job, the disk is full, or a unit produced other bytes than it announced.
     """
-    destination = Path(destination)
+    destination = Path(destination).resolve()
+    shards = _lay_out(units, max_shard_bytes)
     job = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
     if _is_occupied(destination) and not overwrite:
-        if _read_job(destination) == job:
-            _tidy(destination)
-            return destination
-        raise CheckpointError(
-            f"`{destination}` exists and is not empty. Choose another folder, or overwrite it "
-            "(`--overwrite`)."
-        )
+        marker = destination / JOB_NAME
+        is_done = marker.is_file() and marker.read_text(errors="replace").strip() == job
+        if not (is_done and all(_is_intact(destination, shard) for shard in shards)):
+            raise _occupied(destination)
+        _tidy(destination)
+        return destination
     partial = destination.with_name(destination.name + ".partial")
-    with _locked(partial):
-        shards = _lay_out(units, max_shard_bytes)
+    with _locked(partial), _explain_full_disk(partial):
         finished = _resume(partial, job, units, shards, drop_others=overwrite)
         if not finished:
             _start(partial, job, shards)
         if progress:
             done = sum(unit.num_weights for unit in units if unit.name in finished)
             progress.start(sum(unit.num_weights for unit in units), done)
-        with _explain_full_disk(partial):
+        try:
             _write_units(partial, units, shards, finished, progress)
-            _write_side_files(partial, side_files, shards, finished, job)
-        _publish(partial, destination)
+        except FormatError:  # the source must change, and nothing done so far will fit it then
+            shutil.rmtree(partial)
+            raise
+        _write_side_files(partial, side_files, shards, finished, job)
+        _publish(partial, destination, overwrite)
     return destination
 
 
@@ -203,35 +200,43 @@ def _start(partial: Path, job: str, shards: Sequence[_Shard]) -> None:
             f"The disk of `{partial.parent}` has {free / 1e9:.2f} GB free; {needed / 1e9:.2f} GB "
             "are needed. Nothing was written."
         )
-    with _explain_full_disk(partial):
-        for shard in shards:
-            with open(partial / shard.file, "wb") as file:
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, shard.num_bytes)
-                file.truncate(shard.num_bytes)
-                file.write(shard.header)
-        (partial / _JOURNAL).write_text(json.dumps({"job": job}) + "\n")
+    for shard in shards:
+        _allocate(partial, shard)
+    (partial / _JOURNAL).write_text(json.dumps({"job": job}) + "\n")
+
+
+def _allocate(partial: Path, shard: _Shard) -> None:
+    with open(partial / shard.file, "wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, shard.num_bytes)
+        file.truncate(shard.num_bytes)
+        file.write(shard.header)
+
+
+def _is_intact(folder: Path, shard: _Shard) -> bool:
+    """Tell whether a file has its size and header; its tensors are another matter."""
+    path = folder / shard.file
+    if not path.is_file() or path.stat().st_size != shard.num_bytes:
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(shard.header)) == shard.header
 
 
 def _resume(
     partial: Path, job: str, units: Sequence[Unit], shards: Sequence[_Shard], *, drop_others: bool
 ) -> dict[str, dict[str, str]]:
     """Return unit -> checksums of the units an interrupted run finished, having verified them."""
-    journal = partial / _JOURNAL
-    if not journal.exists():
+    interrupted_job, recorded = _read_journal(partial / _JOURNAL)
+    if interrupted_job is None or (interrupted_job != job and drop_others):
         return {}
-    entries = []
-    for line in journal.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # the last line of a killed run may be cut short
-            entries.append(json.loads(line))
-    if not entries or entries[0].get("job") != job:
-        if drop_others:
-            return {}
+    if interrupted_job != job:
         raise CheckpointError(
             f"`{partial}` holds an interrupted run of another job (other options, or the source "
             "has changed). Repeat that one, delete the folder, or discard it (`--overwrite`)."
         )
-    recorded = {entry["unit"]: entry["crc32"] for entry in entries[1:]}
+    for shard in shards:
+        if not _is_intact(partial, shard):
+            _allocate(partial, shard)
     return {
         unit.name: recorded[unit.name]
         for unit in units
@@ -243,13 +248,24 @@ def _resume(
     }
 
 
-def _crc32_of(partial: Path, tensor: OutputTensor, shards: Sequence[_Shard]) -> str | None:
+def _read_journal(path: Path) -> tuple[str | None, dict[str, Any]]:
+    """Return the job and unit -> checksums; lines that a crash cut short or garbled are skipped."""
+    job: str | None = None
+    units: dict[str, Any] = {}
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            entry = json.loads(line)
+            if "job" in entry:
+                job = job or str(entry["job"])
+            else:
+                units[entry["unit"]] = dict(entry["crc32"])
+    return job, units
+
+
+def _crc32_of(partial: Path, tensor: OutputTensor, shards: Sequence[_Shard]) -> str:
     shard = next(shard for shard in shards if tensor.name in shard.offsets)
-    path = partial / shard.file
-    if not path.exists() or path.stat().st_size != shard.num_bytes:
-        return None
     crc, left = 0, tensor.num_bytes
-    with open(path, "rb") as file:
+    with open(partial / shard.file, "rb") as file:
         file.seek(shard.offsets[tensor.name])
         while left and (block := file.read(min(left, 1 << 24))):
             crc, left = zlib.crc32(block, crc), left - len(block)
@@ -331,13 +347,23 @@ def _write_side_files(
             os.fsync(file.fileno())
 
 
-def _publish(partial: Path, destination: Path) -> None:
+def _publish(partial: Path, destination: Path, overwrite: bool) -> None:
     """Give the finished folder its final name; an old one is removed only after that."""
-    if _is_occupied(destination):
-        os.replace(destination, _old(destination))
-    elif destination.exists():
-        destination.rmdir()
-    os.replace(partial, destination)
+    replaced = _is_occupied(destination)
+    if replaced and not overwrite:  # by someone else, while this ran
+        raise _occupied(destination)
+    try:
+        if replaced:
+            shutil.rmtree(_old(destination), ignore_errors=True)
+            os.replace(destination, _old(destination))
+        elif destination.exists():
+            destination.rmdir()
+        os.replace(partial, destination)
+    except OSError as error:
+        raise CheckpointError(
+            f"`{partial}` is complete, but cannot be renamed to `{destination}` "
+            f"({error.strerror}). Rename it yourself, or repeat the command for another folder."
+        ) from error
     _tidy(destination)
 
 
@@ -349,7 +375,7 @@ def _tidy(destination: Path) -> None:
 
 
 def _old(destination: Path) -> Path:
-    return destination.with_name(destination.name + ".old")
+    return destination.with_name(destination.name + ".flute-old")
 
 
 def _is_occupied(folder: Path) -> bool:
@@ -358,32 +384,37 @@ def _is_occupied(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
-def _read_job(folder: Path) -> str:
-    path = folder / JOB_NAME
-    return path.read_text().strip() if path.exists() else ""
+def _occupied(destination: Path) -> CheckpointError:
+    advice = "Choose another folder, or overwrite it (`--overwrite`)."
+    return CheckpointError(f"`{destination}` exists and is not empty. {advice}")
 
 
 @contextlib.contextmanager
 def _locked(partial: Path) -> Iterator[None]:
     """Hold the staging folder against a second process; the lock dies with its owner."""
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        file = open(partial / _LOCK, "w")  # noqa: SIM115 (closed below; the lock lives as long)
-    except OSError as error:
-        raise CheckpointError(f"`{partial}` cannot be created: {error.strerror}.") from error
-    try:
+    lock = partial / _LOCK
+    with contextlib.ExitStack() as stack:
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            if any(partial.iterdir()) and not lock.exists():
+                raise CheckpointError(
+                    f"`{partial}` is in the way: it holds files that flute did not write. Move it."
+                )
+            file = stack.enter_context(open(lock, "w"))
+        except OSError as error:
+            raise CheckpointError(f"`{partial}` cannot be created: {error.strerror}.") from error
         with contextlib.suppress(ImportError):  # Windows: no such lock
             import fcntl
 
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CheckpointError(
-                    f"Another process is writing `{partial}`. Wait for it, or stop it."
-                ) from None
+                is_ours = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))
+            except (BlockingIOError, FileNotFoundError):  # the latter: it has just finished
+                is_ours = False
+            if not is_ours:
+                message = f"Another process is writing `{partial}`. Wait for it, or stop it."
+                raise CheckpointError(message)
         yield
-    finally:
-        file.close()
 
 
 @contextlib.contextmanager

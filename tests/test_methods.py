@@ -403,6 +403,34 @@ def test_nearest_codes_against_brute_force(num_bits, N, per_row, seed):
     assert torch.equal((values - picked).abs().double(), nearest_by_force(values, table))
 
 
+TABLES_HARD_TO_SEARCH = {
+    "nf": lambda: get_table("nf", 4),
+    "int": lambda: get_table("int", 4),
+    "fp": lambda: get_table("fp", 3),
+    "random": lambda: odd_table(4),
+    "far from zero": lambda: torch.arange(16.0).view(1, 16) + 1e6,
+    "next floats": lambda: torch.tensor([[1.0, 1.0 + 2**-23, 1.0 + 2**-22, 2.0]]),
+    "all scales": lambda: torch.tensor([[-1e30, -1e-30, 0.0, 1e-38, 1e-10, 1.0, 1e20, 3e38]]),
+    "tiny": lambda: get_table("nf", 4) * 1e-38,
+    "huge": lambda: get_table("nf", 4) * 3e38,
+    "two values": lambda: torch.tensor([[1.0, 1.0, 1.0, -1.0]]),
+}
+
+
+@pytest.mark.parametrize("name", TABLES_HARD_TO_SEARCH)
+def test_codes_change_exactly_at_the_midpoints(name):
+    """At a midpoint, one float beside it, and as far out as floats go; more than fit one chunk."""
+    table = TABLES_HARD_TO_SEARCH[name]()
+    entries = table.sort(dim=1)[0]
+    bounds = midpoints(entries)[0]
+    up, down = (torch.nextafter(bounds, torch.full_like(bounds, s * torch.inf)) for s in (1, -1))
+    edges = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3.4e38, -3.4e38])
+    values = torch.cat((bounds, up, down, entries[0], edges)).clamp(-3.4e38, 3.4e38)
+    values = values.repeat(40_000 // len(values) + 1).view(1, -1)
+    picked = table.gather(1, nearest_codes(values, table).long())
+    assert torch.equal(picked[0], entries[0][torch.bucketize(values[0], bounds)])
+
+
 @pytest.mark.parametrize("per_row", [False, True])
 def test_a_tie_takes_the_smaller_entry(per_row):
     table = torch.tensor([[3.0, -1.0, 1.0, 0.0]]).expand(2 if per_row else 1, 4)

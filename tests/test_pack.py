@@ -57,12 +57,12 @@ def test_packing_is_the_bit_stream_and_unpacking_undoes_it(num_bits, N, K, seed)
 
 
 @pytest.mark.parametrize("num_bits", BITS)
-@pytest.mark.parametrize("K", range(1, 131))
-def test_all_codes_at_every_row_length(num_bits, K):
-    codes = (torch.arange(2 * K).view(2, K) * 7 % 2**num_bits).to(torch.uint8)
-    packed = pack_codes(codes, num_bits)
-    assert torch.equal(packed, bit_stream(codes, num_bits))
-    assert torch.equal(unpack_codes(packed, num_bits, K), codes)
+def test_all_codes_at_every_row_length(num_bits):
+    for K in range(1, 131):
+        codes = (torch.arange(2 * K).view(2, K) * 7 % 2**num_bits).to(torch.uint8)
+        packed = pack_codes(codes, num_bits)
+        assert torch.equal(packed, bit_stream(codes, num_bits)), K
+        assert torch.equal(unpack_codes(packed, num_bits, K), codes), K
 
 
 @pytest.mark.parametrize("num_bits", BITS)
