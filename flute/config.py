@@ -157,6 +157,13 @@ def supports(plan: Plan, m: int, n: int, k: int, gpu: Gpu) -> str:
     """Return "" if a plan can serve a problem on a GPU, else the rule it breaks.
 
     The only such statement.
+
+    Args:
+        plan: a kernel and how to launch it.
+        m: tokens.
+        n: output features.
+        k: input features.
+        gpu: where it will run.
     """
     c = plan.config
     chunks = padded_k(k) // CHUNK_K

@@ -101,7 +101,17 @@ def gpu_of(device: torch.device) -> Gpu:
 def problem_of(
     M: int, N: int, K: int, spec: QuantSpec, dtype: torch.dtype, scales: Tensor, table: Tensor
 ) -> Problem:
-    """Return what decides the kernel of a product of M tokens."""
+    """Return what decides the kernel of a product.
+
+    Args:
+        M: tokens.
+        N: output features.
+        K: input features.
+        spec: bits and group size.
+        dtype: of x, fp16 or bf16.
+        scales: for their dtype.
+        table: for its number of rows.
+    """
     group = kernel_group_size(spec.group_size, K)
     rows = table.shape[0] > 1
     return Problem(spec.num_bits, group, _NAMES[dtype], _NAMES[scales.dtype], rows, M, N, K)
@@ -354,7 +364,14 @@ def _decode_launcher(
 
 
 def decode_launcher(function: int, plan: Plan, problem: Problem, gpu: Gpu) -> Launcher:
-    """Return the launcher of a loaded decode kernel; it takes the pointers of `DecodeParams`."""
+    """Return the launcher of a loaded decode kernel; it takes the pointers of `DecodeParams`.
+
+    Args:
+        function: CUfunction of ``plan.config``'s kernel.
+        plan: the kernel and how to launch it.
+        problem: what it multiplies.
+        gpu: where it runs.
+    """
     from flute.jit.launch import Launcher
 
     config, (m, n, k) = plan.config, problem[-3:]

@@ -1,7 +1,7 @@
 """Kernel order: codes and scales as the GPU kernels read them. Pure, invertible, on any device.
 
-Knows plain codes and the order below, the same for all GPUs; `flute/kernels/lookup.cuh` states it in
-CUDA C++. A matrix (N, K) is padded with zeros: N = 16 tiles, K = 64 chunks = 256 i:
+Knows plain codes and the order below, the same for all GPUs; `flute/kernels/lookup.cuh` states it
+in CUDA C++. A matrix (N, K) is padded with zeros: N = 16 tiles, K = 64 chunks = 256 i:
 
     packed int32 (tiles, chunks, words of a chunk)
     scales (tiles, groups, 8, 2): rows g and g + 8 side by side; one scale per row: (16 tiles,)
@@ -129,7 +129,17 @@ def order_codes(codes: Tensor, num_bits: int) -> Tensor:
 
 
 def plain_codes(packed: Tensor, num_bits: int, N: int, K: int) -> Tensor:
-    """Return the codes, uint8 (N, K), that `order_codes` put into ``packed``."""
+    """Undo `order_codes`.
+
+    Args:
+        packed: int32, shape (tiles, chunks, words of a chunk).
+        num_bits: 2, 3 or 4.
+        N: rows.
+        K: codes per row.
+
+    Returns:
+        uint8, shape (N, K).
+    """
     tiles, chunks = packed.shape[:2]
     byte = torch.arange(4, dtype=torch.int32, device=packed.device) * 8
     mask = (1 << 2 * num_bits) - 1

@@ -99,27 +99,31 @@ def _compile_into(
 
 
 def _read(folder: Path, key: str) -> Cubin | None:
+    """Return a valid entry; remove an invalid one, with a warning."""
     entry_path, code_path = folder / f"{key}.json", folder / f"{key}.cubin"
     try:
-        text = entry_path.read_text()
+        text = entry_path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, UnicodeDecodeError):
-        text = ""
+    found = _parse(text, code_path)
+    if found is None:
+        warnings.warn(
+            f"The cached kernel `{code_path}` is corrupt; it is compiled again.", stacklevel=3
+        )
+        for path in (entry_path, code_path):
+            with contextlib.suppress(OSError):
+                path.unlink()
+    return found
+
+
+def _parse(text: bytes, code_path: Path) -> Cubin | None:
     try:
         entry = json.loads(text)
         code = code_path.read_bytes()
-        if hashlib.sha256(code).hexdigest() == entry["sha256"]:
-            return Cubin(code, entry["symbol"], entry["log"])
+        valid = hashlib.sha256(code).hexdigest() == entry["sha256"]
+        return Cubin(code, entry["symbol"], entry["log"]) if valid else None
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # falls through to the same treatment as a wrong checksum
-    warnings.warn(
-        f"The cached kernel `{code_path}` is corrupt; it is compiled again.", stacklevel=3
-    )
-    for path in (entry_path, code_path):
-        with contextlib.suppress(OSError):
-            path.unlink()
-    return None
+        return None
 
 
 def _write(path: Path, content: bytes) -> None:
