@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kDequantizeWarps * 32)
 #pragma unroll
       for (int i = 0; i < Table::kWords; i++) w[i] = words[lane * Table::kWords + i];
     }
-#pragma unroll
+#pragma unroll 1  // unrolled, NVRTC 13.5 spills 4 bytes at 4 bits with a table per row (sm_90a)
     for (int h = 0; h < 2; h++) {
       const float* entry = entries + (Config::row_tables ? (h * 8 + g) * kEntries : 0);
       float scale = 0.f;
