@@ -24,6 +24,7 @@ from flute.methods import quantize
 from flute.model import quantize_model
 from flute.ops import lut_gemm
 from flute.pack import pack_codes, unpack_codes
+from flute.prepare import prepare
 from flute.reference import dequantize
 from flute.tables import get_table
 from flute.version import __version__ as __version__
@@ -46,6 +47,7 @@ __all__ = [
     "get_table",
     "lut_gemm",
     "pack_codes",
+    "prepare",
     "quantize",
     "quantize_model",
     "unpack_codes",

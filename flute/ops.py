@@ -3,7 +3,12 @@
 Registered with `torch.library`, so it works under `torch.compile(fullgraph=True)`, CUDA graphs,
 autocast and autograd (for ``x`` and ``bias``; codes, scales and table are constants).
 
-    lut_gemm (Python, any shape of x) -> flute::lut_gemm (x of shape (M, K)) -> a path per device
+    lut_gemm (Python, any shape of x) -> flute::lut_gemm (x of shape (M, K)) -> a path
+        plain order, as stored: PyTorch, on any device                       reference.py
+        kernel order, on a GPU with kernels, x of 16 bits: kernels           cuda.py
+        kernel order otherwise: back to plain order, then PyTorch
+
+``out_features`` tells the orders apart: None means plain order, N means kernel order.
 """
 
 from __future__ import annotations
@@ -13,18 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flute import reference
+from flute import cuda, reference
 from flute.errors import FormatError
-from flute.format import QuantSpec, check_scales, check_table
+from flute.format import SCALE_DTYPES, QuantSpec, check_scales, check_table
+from flute.kernel_order import CHUNK_K, TILE_N, num_tiles, padded_k, to_plain_order
 from flute.pack import check_packed
 
 _SCHEMAS = (
     "lut_gemm(Tensor x, Tensor packed, Tensor scales, Tensor table, Tensor? bias, "
-    "int num_bits, int group_size) -> Tensor",
+    "int num_bits, int group_size, int? out_features=None) -> Tensor",
     "dequantize(Tensor packed, Tensor scales, Tensor table, "
-    "int num_bits, int group_size, SymInt K, ScalarType dtype) -> Tensor",
+    "int num_bits, int group_size, SymInt K, ScalarType dtype, int? out_features=None) -> Tensor",
 )
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 _library = torch.library.Library("flute", "FRAGMENT")
 """Kept alive for the life of the process: the op is unregistered with it."""
 
@@ -36,6 +43,7 @@ def lut_gemm(
     table: Tensor,
     spec: QuantSpec,
     bias: Tensor | None = None,
+    out_features: int | None = None,
 ) -> Tensor:
     """Multiply activations by a table-quantised weight.
 
@@ -50,6 +58,8 @@ def lut_gemm(
         table: fp32, shape (1, 2**num_bits), or (N, 2**num_bits) for a table per row.
         spec: num_bits and group_size.
         bias: any floating dtype, shape (N,), or None.
+        out_features: None if ``packed`` and ``scales`` are as stored; N if they are in the order of
+            `flute.kernel_order.to_kernel_order`, which is what GPU kernels read.
 
     Returns:
         Shape (..., N), dtype of ``x``.
@@ -63,9 +73,28 @@ def lut_gemm(
         raise FormatError("`x` is a scalar; expected shape (..., K).")
     flat = x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
     out: Tensor = torch.ops.flute.lut_gemm(
-        flat, packed, scales, table, bias, spec.num_bits, spec.group_size
+        flat, packed, scales, table, bias, spec.num_bits, spec.group_size, out_features
     )
     return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def is_plain_call(x: Tensor) -> bool:
+    """Tell whether nothing watches this call: no tracing, mode, autocast, transform or gradient.
+
+    Then the op's implementation may be called without the dispatcher, which takes 10 us.
+    """
+    return (
+        type(x) is Tensor
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._is_torch_function_mode_enabled()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+    )
+
+
+_REFERENCE = "reference (PyTorch): dequantise to float32, multiply in float32"
 
 
 def path_of(device: torch.device, dtype: torch.dtype) -> str:
@@ -77,7 +106,17 @@ def path_of(device: torch.device, dtype: torch.dtype) -> str:
     """
     if dtype not in _DTYPES:
         return "none: expected float16, bfloat16 or float32"
-    return "reference (PyTorch): dequantise to float32, multiply in float32"
+    if device.type != "cuda":
+        return _REFERENCE
+    reason = cuda.why_not(device)
+    if dtype == torch.float32:
+        reason = reason or "kernels take 16-bit activations"
+    if reason:
+        return f"{_REFERENCE} (slow; no kernels: {reason})"
+    return (
+        f"M <= {cuda.MAX_DECODE_M}: decode kernels for {cuda.gpu_of(device).arch}; more: "
+        f"dequantise kernel, then torch's matmul; K not a multiple of 32: {_REFERENCE}"
+    )
 
 
 def _check(
@@ -88,14 +127,15 @@ def _check(
     bias: Tensor | None,
     num_bits: int,
     group_size: int,
+    out_features: int | None,
 ) -> QuantSpec:
     spec = QuantSpec(num_bits, group_size)
     if x.ndim != 2 or x.dtype not in _DTYPES:
         raise FormatError(
             f"`x` is {x.dtype} of shape {tuple(x.shape)}; expected fp16, bf16 or fp32 (M, K)."
         )
-    _check_weight(packed, scales, table, spec, x.shape[1])
-    N = packed.shape[0]
+    _check_weight(packed, scales, table, spec, x.shape[1], out_features)
+    N = packed.shape[0] if out_features is None else out_features
     if bias is not None and tuple(bias.shape) != (N,):
         raise FormatError(f"`bias` has shape {tuple(bias.shape)}; expected (N,) = ({N},).")
     if bias is not None and not bias.is_floating_point():
@@ -106,10 +146,31 @@ def _check(
     return spec
 
 
-def _check_weight(packed: Tensor, scales: Tensor, table: Tensor, spec: QuantSpec, K: int) -> None:
-    check_packed(packed, spec.num_bits, K)
-    check_scales(scales, packed.shape[0], K, spec)
-    check_table(table, packed.shape[0], spec)
+def _check_weight(
+    packed: Tensor, scales: Tensor, table: Tensor, spec: QuantSpec, K: int, N: int | None
+) -> None:
+    if N is None:
+        check_packed(packed, spec.num_bits, K)
+        check_scales(scales, packed.shape[0], K, spec)
+        check_table(table, packed.shape[0], spec)
+        return
+    tiles, groups = num_tiles(N), spec.num_groups(K)
+    shape = (tiles, padded_k(K) // CHUNK_K, TILE_N * CHUNK_K * spec.num_bits // 32)
+    if tuple(packed.shape) != shape or packed.dtype != torch.int32 or not packed.is_contiguous():
+        raise FormatError(
+            f"`packed` is {packed.dtype} of shape {tuple(packed.shape)}; expected contiguous int32 "
+            f"{shape} in kernel order for N={N}, K={K}, num_bits={spec.num_bits}."
+        )
+    one = groups == 1
+    expected = (tiles * TILE_N,) if one else (tiles, padded_k(K) * groups // K, 8, 2)
+    if tuple(scales.shape) != expected or not scales.is_contiguous():
+        raise FormatError(
+            f"`scales` has shape {tuple(scales.shape)}; expected contiguous {expected} in kernel "
+            f"order for N={N}, K={K}, group_size={spec.group_size}."
+        )
+    if scales.dtype not in SCALE_DTYPES.values():
+        raise FormatError(f"`scales` is {scales.dtype}; expected float16, bfloat16 or float32.")
+    check_table(table, N, spec)
 
 
 def _lut_gemm(
@@ -120,8 +181,15 @@ def _lut_gemm(
     bias: Tensor | None,
     num_bits: int,
     group_size: int,
+    out_features: int | None = None,
 ) -> Tensor:
-    spec = _check(x, packed, scales, table, bias, num_bits, group_size)
+    N, K = out_features, x.shape[1]
+    spec = _check(x, packed, scales, table, bias, num_bits, group_size, N)
+    if N is not None:
+        if x.dtype in _KERNEL_DTYPES and not cuda.why_not(x.device):
+            return cuda.multiply(x, packed, scales, table, bias, spec, N)
+        groups = spec.num_groups(K)
+        packed, scales = to_plain_order(packed, scales, num_bits, N, K, groups)
     return reference.lut_gemm(x, packed, scales, table, bias, spec)
 
 
@@ -133,9 +201,10 @@ def _lut_gemm_fake(
     bias: Tensor | None,
     num_bits: int,
     group_size: int,
+    out_features: int | None = None,
 ) -> Tensor:
-    _check(x, packed, scales, table, bias, num_bits, group_size)
-    return x.new_empty(x.shape[0], packed.shape[0])
+    _check(x, packed, scales, table, bias, num_bits, group_size, out_features)
+    return x.new_empty(x.shape[0], packed.shape[0] if out_features is None else out_features)
 
 
 def _dequantize(
@@ -146,11 +215,16 @@ def _dequantize(
     group_size: int,
     K: int,
     dtype: torch.dtype,
+    out_features: int | None = None,
 ) -> Tensor:
-    spec = QuantSpec(num_bits, group_size)
-    _check_weight(packed, scales, table, spec, K)
+    spec, N = QuantSpec(num_bits, group_size), out_features
+    _check_weight(packed, scales, table, spec, K, N)
     if dtype not in _DTYPES:
         raise FormatError(f"`dtype` is {dtype}; expected fp16, bf16 or fp32.")
+    if N is not None:
+        if dtype in _KERNEL_DTYPES and not cuda.why_not(packed.device):
+            return cuda.dequantize(packed, scales, table, spec, N, K, dtype)
+        packed, scales = to_plain_order(packed, scales, num_bits, N, K, spec.num_groups(K))
     return reference.dequantize_packed(packed, scales, table, spec, K, dtype)
 
 
@@ -162,8 +236,10 @@ def _dequantize_fake(
     group_size: int,
     K: int,
     dtype: torch.dtype,
+    out_features: int | None = None,
 ) -> Tensor:
-    return packed.new_empty(packed.shape[0], K, dtype=dtype)
+    N = packed.shape[0] if out_features is None else out_features
+    return packed.new_empty(N, K, dtype=dtype)
 
 
 def _lut_gemm_autocast(device_type: str) -> Any:
@@ -181,7 +257,7 @@ def _lut_gemm_autocast(device_type: str) -> Any:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, scales, table, bias, num_bits, group_size = inputs
+    x, packed, scales, table, bias, num_bits, group_size, ctx.out_features = inputs
     ctx.save_for_backward(packed, scales, table)
     ctx.spec = QuantSpec(num_bits, group_size)
     ctx.K = x.shape[1]
@@ -194,11 +270,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         spec = ctx.spec
         grad_x = grad @ torch.ops.flute.dequantize(
-            packed, scales, table, spec.num_bits, spec.group_size, ctx.K, grad.dtype
+            packed,
+            scales,
+            table,
+            spec.num_bits,
+            spec.group_size,
+            ctx.K,
+            grad.dtype,
+            ctx.out_features,
         )
     if ctx.needs_input_grad[4]:
         grad_bias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return grad_x, None, None, None, grad_bias, None, None
+    return grad_x, None, None, None, grad_bias, None, None, None
 
 
 def _register() -> None:

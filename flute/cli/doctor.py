@@ -17,6 +17,7 @@ _PACKAGES = (
     "accelerate",
     "safetensors",
     "matplotlib",
+    "cuda-core",
     "bitsandbytes",
     "vllm",
 )

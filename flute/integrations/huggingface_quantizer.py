@@ -38,6 +38,7 @@ from flute.integrations.huggingface_config import FluteConfig
 from flute.linear import LutLinear
 from flute.model import empty_lut_linear, plan_model, quantize_weight
 from flute.pack import pack_codes
+from flute.prepare import prepare
 
 
 class FluteHfQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -180,6 +181,8 @@ class FluteHfQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, LutLinear):
                 module.requires_grad_(False)
                 del module.__dict__["weight"]
+        if model.dtype != torch.float32:  # which kernels don't take
+            prepare(model)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:

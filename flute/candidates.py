@@ -1,0 +1,313 @@
+"""Choose a decode kernel for a problem: the plans worth timing, and the one to use untimed.
+
+Owns the candidates and the heuristic, which is their order; `flute.config.supports` is the only
+filter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from flute.config import Gpu, KernelConfig, Plan, Problem, supports
+from flute.errors import UnsupportedProblemError
+from flute.kernel_order import CHUNK_K, TILE_N, padded_k
+
+Changes = tuple[int, dict[str, Any]]
+"""Blocks per SM, and the fields of `KernelConfig` that differ from its defaults."""
+
+
+def candidates(problem: Problem, gpu: Gpu) -> list[Plan]:
+    """Return the plans worth timing for a problem, the likeliest first; all satisfy `supports`.
+
+    Args:
+        problem: of 1 to 32 tokens.
+        gpu: where it will run.
+    """
+    num_bits, group_size, dtype, scale_dtype, row_tables, m, n, k = problem
+    base = KernelConfig(
+        num_bits=num_bits,
+        group_size=group_size,
+        dtype=dtype,
+        scale_dtype=scale_dtype,
+        row_tables=row_tables,
+        block_tokens=-(-m // 8) * 8,
+        bulk=gpu.has_bulk_copies,
+    )
+    plans: list[Plan] = []
+    for blocks_per_sm, changes in (
+        *_preferred(num_bits, group_size, m, n, k, gpu),
+        *_variations(group_size, m, gpu),
+    ):
+        config = replace(base, **changes)
+        if (
+            config.tiles > 1
+            and n / TILE_N / gpu.num_sms < 0.6 * config.tiles * blocks_per_sm / config.cluster
+        ):
+            continue
+        if row_tables and num_bits == 4 and config.tiles > 1:  # a tile's tables take 64 KB
+            continue
+        if config.min_blocks == 2 and config.smem_bytes(m, k) > gpu.smem_bytes // 2 - 1024:
+            config, blocks_per_sm = replace(config, min_blocks=1), 1
+        panels = -(-padded_k(k) // (CHUNK_K * config.panel) // config.cluster)
+        phases = (
+            -(-panels // (config.num_warps * config.x_rounds))
+            if config.x_source == "registers"
+            else 1
+        )
+        plan = Plan(config, phases, blocks_per_sm)
+        if plan not in plans and not supports(plan, m, n, k, gpu):
+            plans.append(plan)
+    return plans
+
+
+def heuristic(problem: Problem, gpu: Gpu) -> Plan:
+    """Return the plan to use where nothing was tuned: the first candidate.
+
+    Raises:
+        UnsupportedProblemError: no kernel serves the problem on this GPU.
+    """
+    plans = candidates(problem, gpu)
+    if not plans:
+        raise UnsupportedProblemError(
+            f"No decode kernel for {problem} on {gpu}. `flute.lut_gemm` dequantises instead."
+        )
+    return plans[0]
+
+
+def _preferred(num_bits: int, group_size: int, m: int, n: int, k: int, gpu: Gpu) -> list[Changes]:
+    """What won on an H200 (fp16, group 128, 2026-11-22), by the problem's shape."""
+    tiles_per_sm = n / TILE_N / gpu.num_sms
+    part = 2 if num_bits == 4 or 0 < group_size < 128 else 4
+    wide = {"num_warps": 16, "min_blocks": 1}
+    kept = {"x_source": "registers"}
+    tiles = 4 if tiles_per_sm > 2 else 2 if tiles_per_sm > 1 else 1
+    # Why tight: with more scales, or another ptxas, 4 tiles would spill.
+    tight = 0 < group_size < 128 or gpu.arch != "sm_90a"
+    kept_tiles = min(tiles, 2) if tight else tiles
+    if gpu.arch != "sm_90a":  # NVRTC 13.5: 4 to 20 bytes of spills on sm_80 and sm_100 with two
+        kept_tiles = 1
+    if m > 16:
+        return [
+            (
+                1,
+                {
+                    "num_warps": 8,
+                    "min_blocks": 1,
+                    "panel": 4,
+                    "part": 1 if 0 < group_size < 128 else 2,
+                    "tiles": 1 if gpu.arch != "sm_90a" else min(tiles, 2),
+                    "stages": 2,
+                    **kept,
+                },
+            )
+        ]
+    if m > 8:
+        narrow = {
+            "num_warps": 8,
+            "min_blocks": 1,
+            "panel": 4,
+            "x_rounds": 2,
+            "part": 2,
+            "tiles": tiles,
+            "stages": 2,
+            **kept,
+        }
+        pairs = {**wide, "panel": 4, "part": 1, "tiles": min(tiles, 2), "stages": 2, **kept}
+        if 0 < group_size < 128:  # 16 warps have 128 registers: too few for that many scales
+            return [(1, narrow)]
+        return (
+            [(1, narrow), (1, pairs)]
+            if num_bits == 4 and tiles_per_sm < 8
+            else [(1, pairs), (1, narrow)]
+        )
+    if tiles_per_sm < 2.5 and k <= 8192:
+        # Short: two blocks per SM, so that the next kernel starts under this one.
+        if m == 1:
+            return [
+                (
+                    1,
+                    {
+                        "num_warps": 8,
+                        "panel": 4,
+                        "part": 2 if 0 < group_size < 128 else 4,
+                        "tiles": min(tiles, 2),
+                        "stages": 4,
+                    },
+                )
+            ]
+        return [
+            (
+                1,
+                {
+                    "num_warps": 8,
+                    "panel": 4,
+                    "x_rounds": 2,
+                    "part": part,
+                    "tiles": min(tiles, 2),
+                    "stages": 2,
+                    **kept,
+                },
+            )
+        ]
+    if tiles_per_sm > 20 and 4096 < k <= 8192:
+        return [
+            (
+                1,
+                {
+                    **wide,
+                    "panel": 8,
+                    "part": 2,
+                    "tiles": min(kept_tiles, 2) if num_bits == 4 or tight else 4,
+                    "stages": 2,
+                    **kept,
+                },
+            ),
+            (
+                1,
+                {
+                    **wide,
+                    "panel": 4,
+                    "x_rounds": 2,
+                    "part": 1 if tight else 2,
+                    "tiles": kept_tiles,
+                    "stages": 2,
+                    **kept,
+                },
+            ),
+        ]
+    if m == 1:
+        return [
+            (
+                1,
+                {
+                    **wide,
+                    "panel": 4,
+                    "part": 2 if 0 < group_size < 128 else 4,
+                    "tiles": 7 if tiles_per_sm > 8 else tiles,
+                    "stages": 2,
+                },
+            )
+        ]
+    return [
+        (
+            1,
+            {
+                **wide,
+                "panel": 4,
+                "x_rounds": 2,
+                "part": 1 if tight else 2,
+                "tiles": kept_tiles,
+                "stages": 2,
+                **kept,
+            },
+        )
+    ]
+
+
+def _variations(group_size: int, m: int, gpu: Gpu) -> list[Changes]:
+    """Everything else worth a try, for tuning; the last ones fit any GPU."""
+    kept = {"x_source": "registers"}
+    out: list[Changes] = []
+    if m <= 8:
+        part = 2 if 0 < group_size < 128 else 4
+        for tiles in (4, 2, 1):
+            for stages in (2, 3, 4):
+                wide = {"num_warps": 16, "min_blocks": 1, "tiles": tiles, "stages": stages}
+                pair = {"num_warps": 8, "tiles": tiles, "stages": stages}
+                out += [
+                    (1, {**wide, "panel": 8, "part": 2, **kept}),
+                    (1, {**wide, "panel": 4, "x_rounds": 2, "part": 2, **kept}),
+                    (1, {**wide, "panel": 4, "part": part}),
+                    (1, {**pair, "panel": 4, "part": part}),
+                    (2, {**pair, "panel": 4, "part": part}),
+                    (1, {**pair, "panel": 4, "x_rounds": 2, "part": 2, **kept}),
+                ]
+            if gpu.has_bulk_copies:
+                out.append(
+                    (
+                        1,
+                        {
+                            "num_warps": 8,
+                            "panel": 4,
+                            "part": part,
+                            "tiles": tiles,
+                            "stages": 3,
+                            "cluster": 2,
+                        },
+                    )
+                )
+        out.append(
+            (
+                1,
+                {
+                    "num_warps": 16,
+                    "min_blocks": 1,
+                    "panel": 4,
+                    "part": part,
+                    "tiles": 7,
+                    "stages": 2,
+                },
+            )
+        )
+    elif m <= 16:
+        for tiles in (4, 2, 1):
+            for stages in (2, 4):
+                if tiles < 4 and not 0 < group_size < 128:
+                    out.append(
+                        (
+                            1,
+                            {
+                                "num_warps": 16,
+                                "min_blocks": 1,
+                                "panel": 4,
+                                "part": 1,
+                                "tiles": tiles,
+                                "stages": stages,
+                                **kept,
+                            },
+                        )
+                    )
+                out.append(
+                    (
+                        1,
+                        {
+                            "num_warps": 8,
+                            "min_blocks": 1,
+                            "panel": 4,
+                            "x_rounds": 2,
+                            "part": 2,
+                            "tiles": tiles,
+                            "stages": stages,
+                            **kept,
+                        },
+                    )
+                )
+    else:
+        for tiles in (2, 1):
+            for stages in (2, 4):
+                narrow = {
+                    "num_warps": 8,
+                    "min_blocks": 1,
+                    "part": 1 if 0 < group_size < 128 else 2,
+                    "tiles": tiles,
+                    "stages": stages,
+                    **kept,
+                }
+                out += [(1, {**narrow, "panel": 2, "x_rounds": 2}), (1, {**narrow, "panel": 4})]
+    for num_warps in (8, 4, 2):
+        out.append(
+            (
+                1,
+                {
+                    "num_warps": num_warps,
+                    "min_blocks": 1,
+                    "panel": 1,
+                    "part": 1,
+                    "tiles": 1,
+                    "stages": 3,
+                    **kept,
+                },
+            )
+        )
+    return out

@@ -1,0 +1,1 @@
+"""Run-time compilation: CUDA C++ text -> cubin -> function. Knows nothing of quantisation."""

@@ -1,0 +1,115 @@
+// x on its way from global memory to mma B fragments, by the three routes of XSource.
+#pragma once
+#include "schedule.cuh"
+
+namespace flute {
+
+// x of one panel as B fragments: frag[chunk][column][step][half].
+template <class D>
+struct XFragments {
+  u32 v[D::kXRounds * D::kPanel][D::kColumns][4][2];
+
+  FLUTE_DEVICE void set(int j, int c, int half, const u32 (&r)[4]) {
+    v[j][c][half * 2][0] = r[0];
+    v[j][c][half * 2][1] = r[1];
+    v[j][c][half * 2 + 1][0] = r[2];
+    v[j][c][half * 2 + 1][1] = r[3];
+  }
+
+  // From shared memory. `row` is the address of this lane's ldmatrix row at k = 0 of the block.
+  FLUTE_DEVICE void load_shared(const u32 (&row)[D::kColumns], int k) {
+#pragma unroll
+    for (int j = 0; j < D::kPanel; j++)
+#pragma unroll
+      for (int c = 0; c < D::kColumns; c++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          u32 r[4];
+          ptx::ldmatrix_x4(r, row[c] + (k + j * 64 + half * 32) * 2);
+          set(j, c, half, r);
+        }
+  }
+
+  // All of this warp's x, once: global memory -> registers as rows, then through `stage` in shared
+  // memory to fragments. Why through registers: all loads fly at once, with a stage of one chunk.
+  FLUTE_DEVICE void load_once(const DecodeParams& p, int panel_begin, int num_panels, u32 stage,
+                              int warp, int lane) {
+    constexpr int kStride = 144;  // bytes between tokens: 128 + 16
+    const int token = lane >> 3, granule = lane & 7;
+#pragma unroll
+    for (int c = 0; c < D::kColumns; c++) {
+      const int last = min(p.shape_m - c * 8, 8) - 1;
+      if (last < 0) break;
+      u32 raw[D::kXRounds * D::kPanel][2][4];
+#pragma unroll
+      for (int j = 0; j < D::kXRounds * D::kPanel; j++) {
+        const int panel = j / D::kPanel * D::kWarps + warp;
+        const int k = ((panel_begin + panel) * D::kPanel + j % D::kPanel) * 64 + granule * 8;
+        const bool inside = panel < num_panels && k < p.shape_k;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          raw[j][i][0] = raw[j][i][1] = raw[j][i][2] = raw[j][i][3] = 0;
+          const u16* x = static_cast<const u16*>(p.x) +
+                         static_cast<long long>(c * 8 + token + i * 4) * p.shape_k + k;
+          if (inside && token + i * 4 <= last) ptx::ld_global_v4(raw[j][i], x);
+        }
+      }
+      const u32 row = stage + min(lane & 7, last) * kStride + (lane >> 3) * 16;
+#pragma unroll
+      for (int j = 0; j < D::kXRounds * D::kPanel; j++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+          if (token + i * 4 <= last)
+            ptx::st_shared_v4(stage + (token + i * 4) * kStride + granule * 16, raw[j][i][0],
+                              raw[j][i][1], raw[j][i][2], raw[j][i][3]);
+        __syncwarp();
+        u32 lo[4], hi[4];
+        ptx::ldmatrix_x4(lo, row);
+        ptx::ldmatrix_x4(hi, row + 64);
+        set(j, c, 0, lo);
+        set(j, c, 1, hi);
+        __syncwarp();
+      }
+    }
+  }
+
+  // From global memory (L1, L2): for x too large for shared memory.
+  FLUTE_DEVICE void load_global(const DecodeParams& p, int k, int g, int q) {
+#pragma unroll
+    for (int j = 0; j < D::kPanel; j++)
+#pragma unroll
+      for (int c = 0; c < D::kColumns; c++) {
+        int token = min(c * 8 + g, p.shape_m - 1);
+        const u16* x = static_cast<const u16*>(p.x) + static_cast<long long>(token) * p.shape_k;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          int at = k + j * 64 + i * 8 + q * 2;
+          v[j][c][i / 2][i % 2] = at < p.shape_k ? ptx::ld_global(x + at) : 0;
+        }
+      }
+  }
+};
+
+// Start the copy of the part of x that this warp alone reads; barrier `round` tells when that
+// round's panel is there.
+template <class D>
+FLUTE_DEVICE void fetch_x(u32 smem_x, u32 barriers, const DecodeParams& p, const Share<D>& share,
+                          int warp, int lane) {
+  constexpr int kGranules = D::kPanel * 8;  // of 16 bytes = 8 k
+  for (int round = 0; round < share.num_rounds; round++) {
+    const int panel = round * D::kWarps + warp;
+    if (panel < share.num_panels) {
+      const int granule = lane % kGranules;
+      const int k = (share.panel_begin + panel) * D::kPanel * 64 + granule * 8;
+      const u32 num_bytes = k < p.shape_k ? 16 : 0;  // zeros past K
+      const u16* x = static_cast<const u16*>(p.x) + (num_bytes ? k : 0);
+      const u32 to = smem_x + (panel * kGranules + granule) * 16;
+#pragma unroll 4
+      for (int m = lane / kGranules; m < p.shape_m; m += 32 / kGranules)
+        ptx::cp_async_16(to + m * p.x_stride, x + static_cast<long long>(m) * p.shape_k, num_bytes);
+    }
+    ptx::cp_async_mbarrier_arrive(barriers + round * 8);
+  }
+}
+
+}  // namespace flute

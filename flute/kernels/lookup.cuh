@@ -1,0 +1,266 @@
+// From packed bits to mma A fragments through a table in shared memory.
+// Owns the packed layout of a chunk and the layout of the table; flute/kernel_order.py states the
+// same layout in Python.
+//
+// A *chunk* is 16 output features x 64 k. Lane = g * 4 + q holds, of k16-step `st` (st = 0..3), the
+// four fragment registers of mma.m16n8k16 in natural k order:
+//
+//            k = st*16 + 2q, +1      k = st*16 + 8 + 2q, +1
+//   row g         a0                      a2
+//   row g + 8     a1                      a3
+//
+// One register is a *pair* of codes along k (lower k in the lower bits). The same registers are a
+// wgmma m64k16 A fragment when warp w of a warpgroup reads the chunk of rows 16w..16w+15.
+//
+//   bits  bytes  words a lane reads from a chunk     one lookup is
+//   4     512    w[st], one byte per pair a0..a3     byte -> 2 values, 4 bytes, 256 x 32 columns
+//   3     384    w[0..2], see Lookup<3>              6 bits -> 2 values, 4 bytes, 64 x 32 columns
+//   2     256    w[st/2], half-word st % 2           byte -> 4 values, 8 bytes, 256 x 16 columns
+//
+// Each entry is stored once per column (column = lane, or lane % 16 for 8-byte entries, which the
+// hardware serves in two half-warps), so a lane always reads its own bank and lookups never
+// conflict. 16-bit values leave shared memory at 64 per clock at most, which the pair (quad) table
+// reaches; the idea of a pair table is FLUTE's (arXiv 2407.10960), one column per lane is the usual
+// cure for histogram-like access.
+//
+// Why not tables in registers, PRMT on 4 codes at once, for a part of the steps: tried, 57344 x
+// 8192, M = 1: 2 bits 56.4 against 47.4 us, 3 bits 62.5 against 54.2. The ALU is as busy as shared
+// memory (ncu: 65 % and 69 %; H200, 2026-11-22).
+#pragma once
+#include "element.cuh"
+
+namespace flute {
+
+template <int NUM_BITS>
+struct Lookup;
+
+// The two values of a pair of codes, rounded to the activations' dtype, lower k in the lower half.
+// Why here: the table on disk is fp32; rounding it while it is spread saves a cast kernel per call.
+template <int NUM_BITS, class Act>
+FLUTE_DEVICE u32 table_pair(const float* table, int pair) {
+  u32 lo = Act::from_float(ptx::ld_global_nc_f32(table + (pair & ((1 << NUM_BITS) - 1))));
+  u32 hi = Act::from_float(ptx::ld_global_nc_f32(table + (pair >> NUM_BITS)));
+  return lo | (hi << 16);
+}
+
+// The tables of one tile of 16 rows, for lookups by pair: entry `pair` at pair * 256 + h * 128 +
+// lane * 4 holds the two values of row g + 8h. A lane serves two rows only, so per-row tables need
+// no lookup more than a common one.
+template <int NUM_BITS, class Act>
+FLUTE_DEVICE void build_row_pairs(u32 smem_table, const float* tables, int row, int num_rows,
+                                  int thread_idx, int num_threads) {
+#pragma unroll 4
+  for (int i = thread_idx; i < (1 << 2 * NUM_BITS) * 16; i += num_threads) {
+    const float* table =
+        tables + (static_cast<long long>(min(row + (i & 15), num_rows - 1)) << NUM_BITS);
+    u32 v = table_pair<NUM_BITS, Act>(table, i >> 4);
+    ptx::st_shared_v4(smem_table + i * 16, v, v, v, v);
+  }
+}
+
+// Look up one step's four pairs, a byte each, in tables with entry stride 256: one PRMT makes `byte
+// << 8 | lane * 4`.
+FLUTE_DEVICE void place_and_read_rows(u32 (&a)[4], u32 bytes, u32 smem_table, u32 offset) {
+  a[0] = ptx::ld_table(smem_table + __byte_perm(bytes, offset, 0x7604));
+  a[1] = ptx::ld_table(smem_table + 128 + __byte_perm(bytes, offset, 0x7614));
+  a[2] = ptx::ld_table(smem_table + __byte_perm(bytes, offset, 0x7624));
+  a[3] = ptx::ld_table(smem_table + 128 + __byte_perm(bytes, offset, 0x7634));
+}
+
+template <>
+struct Lookup<4> {
+  static constexpr int kChunkBytes = 512;
+  static constexpr int kWords = 4;
+  static constexpr int kTableBytes = 256 * 128;
+  // Words are stored rotated left by 7, so that byte 0 already stands at its offset `pair * 128`.
+  static constexpr u32 kMask = 0x7F80;
+
+  static FLUTE_DEVICE u32 lane_offset(int lane) { return lane * 4; }
+  static FLUTE_DEVICE u32 row_lane_offset(int lane) { return lane * 4; }
+
+  // Entry stride 128 bytes. 8 threads write one entry, 4 columns each.
+  template <class Act>
+  static FLUTE_DEVICE void build(u32 smem_table, const float* table, int thread_idx,
+                                 int num_threads) {
+    for (int i = thread_idx; i < 256 * 8; i += num_threads) {
+      u32 v = table_pair<4, Act>(table, i >> 3);
+      ptx::st_shared_v4(smem_table + i * 16, v, v, v, v);
+    }
+  }
+
+  static FLUTE_DEVICE void load(u32 (&w)[kWords], u32 smem_chunk, int lane) {
+    ptx::ld_shared_v4(w, smem_chunk + lane * 16);
+  }
+
+  static FLUTE_DEVICE void fragments(u32 (&a)[4][4], const u32 (&w)[kWords], u32 smem_table,
+                                     u32 offset) {
+#pragma unroll
+    for (int st = 0; st < 4; st++) {
+      a[st][0] = ptx::ld_table(smem_table + ((w[st] & kMask) | offset));
+      a[st][1] = ptx::ld_table(smem_table + (((w[st] >> 8) & kMask) | offset));
+      a[st][2] = ptx::ld_table(smem_table + (((w[st] >> 16) & kMask) | offset));
+      a[st][3] = ptx::ld_table(smem_table + ((__funnelshift_l(w[st], w[st], 8) & kMask) | offset));
+    }
+  }
+
+  // One table per row: entry stride 256, the upper 128 bytes serve rows g + 8.
+  static constexpr int kRowTableBytes = 256 * 256;
+
+  template <class Act>
+  static FLUTE_DEVICE void build_rows(u32 smem_table, const float* tables, int row, int num_rows,
+                                      int thread_idx, int num_threads) {
+    build_row_pairs<4, Act>(smem_table, tables, row, num_rows, thread_idx, num_threads);
+  }
+
+  static FLUTE_DEVICE void row_fragments(u32 (&a)[4][4], const u32 (&w)[kWords], u32 smem_table,
+                                         u32 offset) {
+#pragma unroll
+    for (int st = 0; st < 4; st++)
+      place_and_read_rows(a[st], __funnelshift_l(w[st], w[st], 25), smem_table, offset);
+  }
+};
+
+template <>
+struct Lookup<3> {
+  static constexpr int kChunkBytes = 384;
+  static constexpr int kWords = 3;
+  // Entry stride 256 bytes (the upper 128 stay unused): one PRMT then places a byte at its offset,
+  // `pair << 8 | lane * 4`. Why: 25 instead of 33 ALU instructions per chunk, of the 48 that full
+  // bandwidth leaves at 3 bits.
+  static constexpr int kTableBytes = 64 * 256;
+
+  static FLUTE_DEVICE u32 lane_offset(int lane) { return lane * 4; }
+  static FLUTE_DEVICE u32 row_lane_offset(int lane) { return lane * 4; }
+
+  template <class Act>
+  static FLUTE_DEVICE void build(u32 smem_table, const float* table, int thread_idx,
+                                 int num_threads) {
+    for (int i = thread_idx; i < 64 * 8; i += num_threads) {
+      u32 v = table_pair<3, Act>(table, i >> 3);
+      ptx::st_shared_v4(smem_table + (i >> 3) * 256 + (i & 7) * 16, v, v, v, v);
+    }
+  }
+
+  // Words 0 and 1 of all lanes (8 bytes each), then word 2 of all lanes.
+  static FLUTE_DEVICE void load(u32 (&w)[kWords], u32 smem_chunk, int lane) {
+    ptx::ld_shared_v2(w[0], w[1], smem_chunk + lane * 8);
+    w[2] = ptx::ld_shared(smem_chunk + 256 + lane * 4);
+  }
+
+  // Byte i of w[st], st < 3: low 6 bits = pair a_i of step st; top 2 bits = bits (2 st, 2 st + 1)
+  // of pair a_i of step 3.
+  static FLUTE_DEVICE void pairs(u32 (&v)[4], const u32 (&w)[kWords]) {
+    constexpr u32 kLow6 = 0x3F3F3F3F;
+    u32 low = ((w[0] >> 6) & 0x03030303u) | ((w[1] >> 4) & ~0x03030303u);
+    u32 last = (low & 0x0F0F0F0Fu) | ((w[2] >> 2) & ~0x0F0F0F0Fu);
+    v[0] = w[0] & kLow6;
+    v[1] = w[1] & kLow6;
+    v[2] = w[2] & kLow6;
+    v[3] = last & kLow6;
+  }
+
+  static FLUTE_DEVICE void fragments(u32 (&a)[4][4], const u32 (&w)[kWords], u32 smem_table,
+                                     u32 offset) {
+    u32 v[4];
+    pairs(v, w);
+#pragma unroll
+    for (int st = 0; st < 4; st++) {
+      a[st][0] = ptx::ld_table(smem_table + __byte_perm(v[st], offset, 0x7604));
+      a[st][1] = ptx::ld_table(smem_table + __byte_perm(v[st], offset, 0x7614));
+      a[st][2] = ptx::ld_table(smem_table + __byte_perm(v[st], offset, 0x7624));
+      a[st][3] = ptx::ld_table(smem_table + __byte_perm(v[st], offset, 0x7634));
+    }
+  }
+
+  // One table per row: the unused half of each entry's stride serves rows g + 8.
+  static constexpr int kRowTableBytes = 64 * 256;
+
+  template <class Act>
+  static FLUTE_DEVICE void build_rows(u32 smem_table, const float* tables, int row, int num_rows,
+                                      int thread_idx, int num_threads) {
+    build_row_pairs<3, Act>(smem_table, tables, row, num_rows, thread_idx, num_threads);
+  }
+
+  static FLUTE_DEVICE void row_fragments(u32 (&a)[4][4], const u32 (&w)[kWords], u32 smem_table,
+                                         u32 offset) {
+    u32 v[4];
+    pairs(v, w);
+#pragma unroll
+    for (int st = 0; st < 4; st++) place_and_read_rows(a[st], v[st], smem_table, offset);
+  }
+};
+
+template <>
+struct Lookup<2> {
+  static constexpr int kChunkBytes = 256;
+  static constexpr int kWords = 2;
+  static constexpr int kTableBytes = 256 * 128;
+  static constexpr u32 kMask = 0x7F80;  // words rotated left by 7, as for 4 bits
+
+  static FLUTE_DEVICE u32 lane_offset(int lane) { return (lane & 15) * 8; }
+
+  // Entry = 4 values, 8 bytes, 16 columns. 8 threads write one entry, 2 columns each. Bits of the
+  // index: codes of a0's (or a2's) pair at 0-1 and 4-5, of a1's (a3's) at 2-3 and 6-7.
+  template <class Act>
+  static FLUTE_DEVICE void build(u32 smem_table, const float* table, int thread_idx,
+                                 int num_threads) {
+    for (int i = thread_idx; i < 256 * 8; i += num_threads) {
+      const int e = i >> 3;
+      const u32 v0 = table_pair<2, Act>(table, (e & 3) | ((e >> 2) & 12)),
+                v1 = table_pair<2, Act>(table, ((e >> 2) & 3) | ((e >> 4) & 12));
+      ptx::st_shared_v4(smem_table + i * 16, v0, v1, v0, v1);
+    }
+  }
+
+  static FLUTE_DEVICE void load(u32 (&w)[kWords], u32 smem_chunk, int lane) {
+    ptx::ld_shared_v2(w[0], w[1], smem_chunk + lane * 8);
+  }
+
+  // Before the rotation, half-word s % 2 of w[s / 2] is step s: bits 4j, 4j + 1 code j of row g,
+  // bits 4j + 2, 4j + 3 code j of row g + 8; codes 0, 1 are a0's (a1's), 2, 3 a2's (a3's). So a
+  // byte is a quad, and alternate pairs of bits are the two rows'.
+  static FLUTE_DEVICE void fragments(u32 (&a)[4][4], const u32 (&w)[kWords], u32 smem_table,
+                                     u32 offset) {
+#pragma unroll
+    for (int st = 0; st < 4; st++) {
+      const u32 v = w[st / 2];
+      const u32 at0 = st % 2 ? v >> 16 : v, at1 = st % 2 ? __funnelshift_l(v, v, 8) : v >> 8;
+      ptx::ld_table_v2(a[st][0], a[st][1], smem_table + ((at0 & kMask) | offset));
+      ptx::ld_table_v2(a[st][2], a[st][3], smem_table + ((at1 & kMask) | offset));
+    }
+  }
+
+  // One table per row: pairs (index bits 0-1 and 4-5, stride 256), since a quad mixes rows g and g
+  // + 8. Costs 8 more instructions a chunk, no more shared-memory cycles, and far less to build.
+  static constexpr int kRowTableBytes = 64 * 256;
+  static FLUTE_DEVICE u32 row_lane_offset(int lane) { return lane * 4; }
+
+  template <class Act>
+  static FLUTE_DEVICE void build_rows(u32 smem_table, const float* tables, int row, int num_rows,
+                                      int thread_idx, int num_threads) {
+    for (int i = thread_idx; i < 16 * 16; i += num_threads) {
+      const float* table =
+          tables + (static_cast<long long>(min(row + (i & 15), num_rows - 1)) << 2);
+      const int pair = i >> 4;
+      const u32 v = table_pair<2, Act>(table, pair);
+      ptx::st_shared_v4(smem_table + ((pair & 3) | (pair & 12) << 2) * 256 + (i & 15) * 16, v, v, v,
+                        v);
+    }
+  }
+
+  static FLUTE_DEVICE void row_fragments(u32 (&a)[4][4], const u32 (&w)[kWords], u32 smem_table,
+                                         u32 offset) {
+#pragma unroll
+    for (int st = 0; st < 4; st++) {
+      const u32 plain = __funnelshift_l(w[st / 2], w[st / 2], 25);
+      const u32 even = plain & 0x33333333u, odd = (plain >> 2) & 0x33333333u;
+      const u32 first = st % 2 ? 0x7624 : 0x7604, second = st % 2 ? 0x7634 : 0x7614;
+      a[st][0] = ptx::ld_table(smem_table + __byte_perm(even, offset, first));
+      a[st][1] = ptx::ld_table(smem_table + 128 + __byte_perm(odd, offset, first));
+      a[st][2] = ptx::ld_table(smem_table + __byte_perm(even, offset, second));
+      a[st][3] = ptx::ld_table(smem_table + 128 + __byte_perm(odd, offset, second));
+    }
+  }
+};
+
+}  // namespace flute

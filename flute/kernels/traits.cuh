@@ -1,0 +1,94 @@
+// What is known about a decode kernel at compile time: its parameters, sizes and offsets, and the
+// rules they obey. Owns no code that runs. The picture these constants describe is at the top of
+// decode.cuh.
+#pragma once
+#include "element.cuh"
+#include "lookup.cuh"
+#include "ring.cuh"
+
+namespace flute {
+
+// Where a panel's x comes from each time it is needed. Registers: read once, kept (K of a warp is
+// short); shared memory: read once per tile block; global memory (L1, L2): the way out when x fits
+// neither.
+enum XSource : int { kXShared = 0, kXGlobal = 1, kXRegisters = 2 };
+
+// Passed by value; flute/jit/launch.py packs the same fields in the same order.
+struct DecodeParams {
+  const void* x;       // (M, K), activations' dtype, 16-byte aligned
+  const void* packed;  // (tiles, num_chunks, chunk bytes)
+  const void* scales;  // (tiles, num_chunks * 64 / GROUP, 8, 2); whole row: (tiles * 16)
+  const void* table;   // (num_ranges or N, 2**NUM_BITS) fp32
+  const void* bias;    // (N) in the activations' dtype, or null
+  float* workspace;    // (M, N), unless num_phases is 1: sums of the phases so far
+  void* out;           // (M, N)
+  int shape_m, shape_n, shape_k;
+  int num_chunks;    // K padded to a multiple of 256, / 64
+  int x_stride;      // bytes between two tokens of x in shared memory
+  int num_phases;    // K is done in so many parts, one after the other
+  int num_ranges;    // tables in use, at most 8: tiles [range_end[i-1], range_end[i]) use table i
+  int range_end[8];  // in tiles
+};
+
+// The kernel's shape. `Config` is a generated struct of constants; config.py says what each may be.
+template <class Config>
+struct Decode {
+  static constexpr int kBits = Config::num_bits;
+  static constexpr int kGroup = Config::group_size;  // 0: the whole row
+  static constexpr int kWarps = Config::num_warps;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kPanel = Config::panel;
+  static constexpr int kTiles = Config::tiles;
+  static constexpr int kCluster = Config::cluster;
+  static constexpr int kColumns = Config::block_tokens / 8;  // mma column blocks
+  static constexpr bool kXStays = Config::x_source == kXRegisters;
+  static constexpr int kXRounds =
+      kXStays ? Config::x_rounds : 1;  // rounds whose x is in registers at once
+  static constexpr bool kRowTables = Config::row_tables;
+  static constexpr int kPartChunks = Config::part;  // chunks whose words are in registers at once
+
+  using Act = Element<Config::dtype>;
+  using Scale = Element<Config::scale_dtype>;
+  using Table = Lookup<kBits>;
+
+  // Groups in mma steps (16 k) and the part of a group that one panel covers.
+  static constexpr int kPanelSteps = kPanel * 4;
+  static constexpr int kGroupSteps = kGroup == 0 ? kPanelSteps : kGroup / 16;
+  static constexpr int kUnitSteps = kGroupSteps < kPanelSteps ? kGroupSteps : kPanelSteps;
+  static constexpr int kUnits =
+      kGroup == 0 ? 0 : kPanelSteps / kUnitSteps;  // scales per row and panel
+  static constexpr int kWeightBytes = kPanel * Table::kChunkBytes;
+  static constexpr int kScaleBytes = kUnits * 16 * Scale::kBytes;
+
+  template <bool BULK, int S, int A, int B>
+  struct PickRing {
+    using Type = BulkRing<S, A, B>;
+  };
+  template <int S, int A, int B>
+  struct PickRing<false, S, A, B> {
+    using Type = AsyncRing<S, A, B>;
+  };
+  using Ring = typename PickRing<Config::bulk, Config::stages, kWeightBytes, kScaleBytes>::Type;
+
+  static constexpr int kTableBytes =
+      kRowTables ? kTiles * Table::kRowTableBytes : Table::kTableBytes;
+  static constexpr int kRingOffset = kTableBytes;
+  static constexpr int kBarrierOffset = kRingOffset + kWarps * Config::stages * Ring::kSlotBytes;
+  static constexpr int kXBarriers =
+      kWarps * Ring::kNumBarriers;  // index of the first; warp * num_rounds + round
+  static constexpr int kPartialStride =
+      kTiles * 16 + 4;  // floats; + 4: tokens 8 banks apart for lanes q
+
+  static_assert(kBits >= 2 && kBits <= 4, "tables of 2, 3 or 4 bits");
+  static_assert(kGroup == 0 || kGroup == 32 || kGroup == 64 || kGroup == 128 || kGroup == 256,
+                "a group is 32, 64, 128 or 256 k, or 0 for the whole row");
+  static_assert(kXRounds <= 2, "registers hold x of two rounds at most");
+  static_assert(kPanel == 1 || kPanel == 2 || kPanel == 4 || (kPanel == 8 && kXStays),
+                "K is padded to 4 chunks; panels of 8 need K % 512 == 0 and, since fetch_x has 32 "
+                "lanes, x in registers");
+  static_assert(Config::block_tokens % 8 == 0 && kColumns >= 1 && kColumns <= 4,
+                "8, 16, 24 or 32 tokens");
+  static_assert(kCluster == 1 || Config::bulk, "clusters need sm_90, as bulk copies do");
+};
+
+}  // namespace flute

@@ -1,0 +1,80 @@
+"""`prepare`: make a model on a GPU ready, so that no call compiles or converts anything."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+
+from flute import cuda
+from flute.config import Problem
+from flute.linear import LutLinear
+
+
+def prepare(model: nn.Module, *, dtype: torch.dtype | None = None) -> int:
+    """Put the weights of a model's quantised layers into kernel order and compile their kernels.
+
+    Without it a layer does so at its first call. Call it before `torch.compile` and before a CUDA
+    graph is captured, where that cannot happen. `flute.from_pretrained` calls it.
+
+    Args:
+        model: its layers on GPUs with kernels are changed in place; others, and those that
+            accelerate offloads, stay as they are.
+        dtype: of the activations, fp16 or bf16; None is that of the model's parameters, or of the
+            scales.
+
+    Returns:
+        How many layers are ready.
+
+    Raises:
+        KernelCompileError: NVRTC refused a kernel.
+    """
+    problems: dict[torch.device, dict[Problem, None]] = {}
+    layers = [m for m in model.modules() if isinstance(m, LutLinear) and m.takes_kernels()]
+    for layer in layers:
+        layer.to_kernel_order()
+        problem = cuda.problem_of(
+            1,
+            layer.out_features,
+            layer.in_features,
+            layer.spec,
+            dtype or _activation_dtype(model, layer),
+            layer.scales,
+            layer.table,
+        )
+        problems.setdefault(layer.codes.device, {})[problem] = None
+        layer._settled = True
+    for device, wanted in problems.items():
+        with _Progress() as progress:
+            cuda.compile_kernels(wanted, device, progress.report)
+    return len(layers)
+
+
+def _activation_dtype(model: nn.Module, layer: LutLinear) -> torch.dtype:
+    bias = None if layer.bias is None else layer.bias.dtype
+    for dtype in (getattr(model, "dtype", None), bias, layer.scales.dtype):
+        if dtype in (torch.float16, torch.bfloat16):
+            return dtype
+    return torch.bfloat16
+
+
+class _Progress(ExitStack):
+    """A progress bar on standard error, shown if compiling takes more than a second."""
+
+    def __enter__(self) -> _Progress:
+        super().__enter__()
+        self._start, self._done = time.monotonic(), 0
+        return self
+
+    def report(self, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` kernels are compiled."""
+        if not hasattr(self, "_bar"):
+            if time.monotonic() - self._start < 1 or done == total:
+                return
+            from flute.console import Bar
+
+            self._bar = self.enter_context(Bar("Compiling kernels", "kernels", total))
+        self._bar.advance(done - self._done)
+        self._done = done

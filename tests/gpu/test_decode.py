@@ -1,0 +1,283 @@
+"""Kernels on a GPU: the three oracles, repetition, graphs, streams, compilation, saving."""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from helpers import DEMO_MODEL, TOLERANCE, random_weight, relative_error
+
+import flute
+from flute import cuda
+from flute.candidates import heuristic
+from flute.errors import UnsupportedProblemError
+from flute.format import QuantSpec
+from flute.jit.cache import load_or_compile
+from flute.stream import quantize_checkpoint
+
+CUDA = torch.device("cuda")
+KS = [32, 64, 96, 160, 256, 512, 1024, 3584, 4096, 4608, 11008]
+NS = [1, 2, 15, 16, 17, 33, 100, 127, 256, 500, 1000, 2049]
+MS = [1, 1, 2, 3, 5, 8, 9, 16, 17, 24, 31, 32, 33, 40]
+
+
+def make(N, K, spec, *, bias=None, **kwargs):
+    """A random layer on the GPU, in kernel order."""
+    layer = flute.LutLinear.from_quantized(random_weight(N, K, spec, **kwargs), bias).to(CUDA)
+    layer.to_kernel_order()
+    layer._settled = True
+    return layer
+
+
+def random_case(rng):
+    """Arguments of `check`."""
+    group = rng.choice([32, 64, 128, 256, -1])
+    K = rng.choice([k for k in KS if group == -1 or k % group == 0])
+    spec, dtype = QuantSpec(rng.choice([2, 3, 4]), group), rng.choice(list(TOLERANCE)[:2])
+    scale_dtype = rng.choice([dtype, dtype, torch.float32])
+    flags = (rng.random() < 0.25, rng.random() < 0.3)
+    sizes = (rng.choice(MS), rng.choice(NS), K)
+    return spec, dtype, scale_dtype, *flags, rng.randrange(1 << 30), *sizes
+
+
+def compile_for(cases):
+    """Fill the cache of compiled kernels, in parallel."""
+    gpu, sources = cuda.gpu_of(torch.device("cuda", 0)), {}
+    for spec, dtype, scale_dtype, per_row, _, _, M, N, K in cases:
+        scales = torch.empty(0, dtype=scale_dtype)
+        table = torch.empty(2 if per_row else 1, 0)
+        problem = cuda.problem_of(M, N, K, spec, dtype, scales, table)
+        sources[cuda.dequantize_source(problem)] = None
+        for m in {min(M, 16), (M - 16)} if M <= 32 else ():
+            if m > 0:
+                plan = heuristic(problem._replace(m=m), gpu)
+                sources[cuda.decode_source(plan.config)] = None
+    with ThreadPoolExecutor(14) as pool:
+        list(pool.map(lambda source: load_or_compile(source, gpu.arch), sources))
+    return len(sources)
+
+
+def check(spec, dtype, scale_dtype, per_row, with_bias, seed, M, N, K):
+    """The oracles on one problem; returns what broke."""
+    bias = torch.randn(N).to(dtype) if with_bias else None
+    layer = make(N, K, spec, bias=bias, per_row=per_row, scale_dtype=scale_dtype, seed=seed)
+    dense = layer.dequantize(dtype)
+    if not torch.equal(cuda.dequantize(*weight_of(layer), layer.spec, N, K, dtype), dense):
+        return "dequantise"
+    x = torch.randn(M, K, device=CUDA).to(dtype)
+    out = layer(x)
+    if not torch.equal(out, layer(x)):
+        return "repetition"
+    rounded = layer.table.to(dtype).double()
+    values = rounded.expand(N, -1).gather(1, layer.quantized_weight().codes.long())
+    groups = spec.num_groups(K)
+    scales = layer._plain()[1].double()
+    exact = x.double() @ (values.view(N, groups, -1) * scales[..., None]).flatten(1).T
+    theirs = torch.nn.functional.linear(x, dense, layer.bias)
+    if bias is not None:
+        exact = exact + layer.bias.double()
+    error, other = relative_error(out, exact), relative_error(theirs, exact)
+    if error > TOLERANCE[dtype] or (error > 1.5 * other and M * N > 200):
+        return f"error {error:.2e} against {other:.2e}"
+    if bias is None:
+        picked = torch.randint(0, K, (M,), device=CUDA)
+        eye = torch.nn.functional.one_hot(picked, K).to(dtype)
+        if not torch.equal(layer(eye), dense[:, picked].T):
+            return "identity"
+    return ""
+
+
+def weight_of(layer):
+    return layer.codes.data, layer.scales.data, layer.table.data
+
+
+def test_random_problems_by_the_three_oracles():
+    rng, failures = random.Random(0), []
+    cases = [random_case(rng) for _ in range(220)]
+    compile_for(cases)
+    for case in cases:
+        broken = check(*case)
+        if broken:
+            failures.append((broken, case))
+    assert not failures, (len(failures), failures[:10])
+
+
+@pytest.mark.parametrize("M", [1, 8, 16, 32, 40])
+def test_inf_and_nan_pass_as_in_torch(M):
+    layer = make(100, 512, QuantSpec(4, 64))
+    x = torch.randn(M, 512, device=CUDA).half()
+    x[0, 7], x[-1, 300] = float("inf"), float("nan")
+    expected = x.double() @ layer.dequantize(torch.float16).double().T
+    out = layer(x)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.isinf(), expected.isinf())
+
+
+@pytest.mark.parametrize("M", [1, 13])
+def test_repeated_on_two_streams_at_once(M):
+    layer = make(1000, 4096, QuantSpec(3, 128))
+    x = torch.randn(M, 4096, device=CUDA).half()
+    expected = layer(x)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    outs = []
+    for i in range(200):
+        with torch.cuda.stream(streams[i % 2]):
+            outs.append(layer(x))
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, expected) for out in outs)
+
+
+def test_odd_arguments():
+    layer = make(33, 512, QuantSpec(4, 64))
+    x = torch.randn(6, 1025, device=CUDA).half()
+    view = x[:, 1:513]  # neither contiguous nor aligned
+    assert torch.equal(layer(view), layer(view.contiguous()))
+    flat = torch.randn(2 * 512 + 1, device=CUDA).half()[1:].view(2, 512)
+    assert torch.equal(layer(flat), layer(flat.clone()))
+    assert layer(x[:0, :512]).shape == (0, 33)
+    assert layer(x[0, :512]).shape == (33,)
+    assert layer(torch.randn(3, 512, device=CUDA)).dtype == torch.float32
+
+
+def test_gradient_and_autocast():
+    layer = make(64, 512, QuantSpec(4, 64))
+    x = torch.randn(3, 512, device=CUDA).half().requires_grad_()
+    layer(x).float().square().sum().backward()
+    dense = layer.dequantize(torch.float16)
+    y = x.detach().clone().requires_grad_()
+    torch.nn.functional.linear(y, dense).float().square().sum().backward()
+    assert relative_error(x.grad, y.grad) < 5e-3
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert layer(x.detach().float()).dtype == torch.bfloat16
+
+
+def chain():
+    return torch.nn.Sequential(
+        *(make(1024, 1024, QuantSpec(4, 128), seed=i, scale_dtype=torch.float16) for i in range(6))
+    )
+
+
+@pytest.mark.parametrize("M", [1, 8, 20])
+def test_dependent_chain_in_a_graph(M):
+    """Each kernel starts while the one before, which writes its x, still runs."""
+    model = chain()
+    x = torch.randn(M, 1024, device=CUDA).half() / 100
+    eager = model(x)
+    stepwise = x
+    for layer in model:
+        stepwise = layer(stepwise)
+        torch.cuda.synchronize()
+    assert torch.equal(eager, stepwise)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = model(x)
+    for _ in range(20):
+        x.copy_(torch.randn_like(x) / 100)
+        graph.replay()
+        captured = out.clone()
+        assert torch.equal(captured, model(x))
+
+
+def test_reduce_overhead():
+    model = chain()
+    x = torch.randn(2, 1024, device=CUDA).half() / 100
+    expected = model(x)
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        assert torch.equal(compiled(x).clone(), expected)
+
+
+def test_capture_before_compiling_names_prepare():
+    layer = make(48, 1312, QuantSpec(2, 32), scale_dtype=torch.float32, per_row=True)
+    cuda._launchers.clear()
+    cuda._functions.clear()
+    x = torch.randn(1, 1312, device=CUDA).half()
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(UnsupportedProblemError, match=r"flute\.prepare"), torch.cuda.graph(graph):
+        layer(x)
+    assert flute.prepare(layer, dtype=torch.float16) == 1
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer(x)
+    graph.replay()
+    assert torch.equal(out, layer(x))
+
+
+def test_a_layer_changes_order_at_its_first_call_and_back():
+    weight = random_weight(33, 512, QuantSpec(3, 64))
+    layer, plain = (flute.LutLinear.from_quantized(weight) for _ in range(2))
+    layer.to(CUDA)
+    assert not layer.kernel_order
+    layer(torch.randn(1, 512, device=CUDA))
+    assert not layer.kernel_order  # fp32 takes no kernel
+    layer(torch.randn(1, 512, device=CUDA).half())
+    assert layer.kernel_order
+    state = layer.state_dict()
+    assert all(torch.equal(state[k].cpu(), v) for k, v in plain.state_dict().items())
+    copied = copy.deepcopy(layer)
+    assert not copied.kernel_order
+    layer.cpu()
+    assert torch.equal(layer.codes, plain.codes)
+    assert torch.equal(layer.scales, plain.scales)
+    ragged = flute.LutLinear.from_quantized(random_weight(9, 77, QuantSpec(4, -1))).to(CUDA)
+    ragged(torch.randn(1, 77, device=CUDA).half())
+    assert not ragged.kernel_order
+
+
+def test_prepared_model_saved_and_moved(tmp_path):
+    quantize_checkpoint(DEMO_MODEL, tmp_path / "q", device="cuda")
+    model = flute.from_pretrained(tmp_path / "q", device_map="cuda")
+    layers = [m for m in model.modules() if isinstance(m, flute.LutLinear)]
+    assert all(layer.kernel_order for layer in layers)
+    ids = torch.arange(40, device=CUDA)[None]
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path / "saved")
+    again = flute.from_pretrained(tmp_path / "saved", device_map="cuda")  # verifies checksums
+    assert torch.equal(again(ids).logits, expected)
+    model.cpu()
+    fresh = flute.from_pretrained(tmp_path / "q", device_map="cpu")
+    assert not any(layer.kernel_order for layer in layers)
+    assert torch.equal(model(ids.cpu()).logits, fresh(ids.cpu()).logits)
+
+
+def test_doctor_names_the_paths():
+    from flute.ops import path_of
+
+    assert "M <= 32: decode kernels for sm_" in path_of(torch.device("cuda", 0), torch.float16)
+    assert "slow; no kernels: kernels take 16-bit" in path_of(
+        torch.device("cuda", 0), torch.float32
+    )
+
+
+def test_host_time_is_printed():
+    layer = make(1024, 1024, QuantSpec(4, 128))
+    x = torch.randn(1, 1024, device=CUDA).half()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            for _ in range(300):
+                layer(x)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(500):
+                layer(x)
+            host = (time.perf_counter() - start) / 500 * 1e6
+            torch.cuda.synchronize()
+        print(f"host time per call: layer {host:.1f} us (grad mode {grad})")  # noqa: T201
+    N, parts = 1024, weight_of(layer)
+    for name, call in {
+        "cuda.multiply": lambda: cuda.multiply(x, *parts, None, layer.spec, N),
+        "the op": lambda: torch.ops.flute.lut_gemm(x, *parts, None, 4, 128, N),
+        "torch.empty": lambda: x.new_empty(1, N),
+    }.items():
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(500):
+            call()
+        host = (time.perf_counter() - start) / 500 * 1e6
+        torch.cuda.synchronize()
+        print(f"host time per call: {name} {host:.1f} us")  # noqa: T201

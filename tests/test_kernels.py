@@ -1,0 +1,59 @@
+"""The kernels compile for every GPU, without spills: a spread of problems, by NVRTC, on the CPU."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from test_config import GPUS
+
+from flute import cuda
+from flute.candidates import heuristic
+from flute.config import Gpu, Problem
+from flute.jit.compiler import KernelCompileError, Source, compile_cubin
+
+SPREAD = [
+    Problem(4, 128, "float16", "float16", False, 1, 57344, 8192),
+    Problem(4, 64, "bfloat16", "bfloat16", False, 8, 4096, 4096),
+    Problem(3, 32, "bfloat16", "bfloat16", False, 1, 4096, 3584),
+    Problem(3, 0, "float16", "float32", False, 16, 1000, 11008),
+    Problem(2, 256, "bfloat16", "float16", True, 5, 8192, 4608),
+    Problem(4, 0, "float16", "float16", True, 1, 33, 96),
+    Problem(2, 128, "float16", "float16", False, 12, 28672, 4096),
+]
+
+
+def check_report(log: str) -> None:
+    """Fail if the assembler reports local memory."""
+    found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", log)
+    assert found, f"no report in the log:\n{log}"
+    assert set(found) == {("0", "0", "0")}, log
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.arch)
+def test_kernels_compile_without_spills(gpu):
+    for problem in SPREAD:
+        config = heuristic(problem, gpu).config
+        for source in (cuda.decode_source(config), cuda.dequantize_source(problem)):
+            cubin = compile_cubin(source, gpu.arch)
+            assert cubin.code.startswith(b"\x7fELF")
+            assert source.name.split("<")[0].split("::")[1] in cubin.symbol
+            check_report(cubin.log)
+
+
+def test_a_refused_kernel_raises_with_the_log():
+    source = Source(
+        '#include "decode.cuh"\nstruct Config {};\n', "flute::decode<Config>", cuda.KERNELS
+    )
+    with pytest.raises(
+        KernelCompileError, match=r"(?s)NVRTC failed for .* on sm_90a\. Log:.*error"
+    ):
+        compile_cubin(source, Gpu().arch)
+
+
+def test_the_rules_of_the_kernel_carry_sentences():
+    config = heuristic(SPREAD[0], Gpu()).config
+    text = config.source().replace("num_bits = 4", "num_bits = 5")
+    source = Source(text, "flute::decode<Config>", cuda.KERNELS)
+    with pytest.raises(KernelCompileError):
+        compile_cubin(source, Gpu().arch)
