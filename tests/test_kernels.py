@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 from test_config import GPUS
 
 from flute import cuda
@@ -57,3 +58,19 @@ def test_the_rules_of_the_kernel_carry_sentences():
     source = Source(text, "flute::decode<Config>", cuda.KERNELS)
     with pytest.raises(KernelCompileError):
         compile_cubin(source, Gpu().arch)
+
+
+@pytest.mark.parametrize(
+    ("capability", "allowed", "reason"),
+    [
+        ((7, 5), "", "older than sm_80"),
+        ((8, 6), "", "have not been run on it; FLUTE_UNTESTED_GPU=1 runs them"),
+        ((8, 6), "1", ""),
+        ((9, 0), "", ""),
+    ],
+)
+def test_only_tested_gpus_run_the_kernels_unasked(capability, allowed, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setenv("FLUTE_UNTESTED_GPU", allowed)
+    found = cuda.why_not.__wrapped__(torch.device("cuda", 0))
+    assert found.endswith(reason) if reason else not found

@@ -536,3 +536,17 @@ def test_the_default_is_mse_with_nf4_and_groups_of_64():
     for name in ("codes", "scales", "table"):
         assert torch.equal(getattr(plain, name), getattr(spelled, name))
     assert plain.spec == QuantSpec(4, 64)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_default_dtype_makes_no_difference(method):
+    weight, table = gaussian(40, 256), own_table(method, 3)
+    expected = quantize(weight, 3, 64, method=method, table=table)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        quantized = quantize(weight, 3, 64, method=method, table=table)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(quantized.table, expected.table)
+    assert torch.equal(quantized.scales, expected.scales)
+    assert torch.equal(quantized.codes, expected.codes)

@@ -349,17 +349,15 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
-def test_biases_and_modes_survive():
-    model = tiny_model("qwen2")
+@pytest.mark.parametrize("training", [False, True])
+def test_biases_and_modes_survive(training):
+    model = tiny_model("qwen2").train(training)
     bias = model.model.layers[0].self_attn.q_proj.bias.clone()
-    model.train()
     quantize_model(model)
     layer = model.model.layers[0].self_attn.q_proj
     assert torch.equal(layer.bias, bias)
-    assert layer.training
+    assert layer.training is training
     assert model.model.layers[0].self_attn.o_proj.bias is None
-    model.eval()
-    assert not layer.training
 
 
 def test_the_model_is_changed_in_place_and_its_weights_freed():

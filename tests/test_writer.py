@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import itertools
 import json
 import os
@@ -613,6 +614,20 @@ def test_a_real_limit_on_file_sizes(tmp_path):
     write(out)
 
 
+def test_short_writes_are_completed(tmp_path, expected, monkeypatch):
+    """The system may take fewer bytes than it is offered."""
+
+    class Short(io.FileIO):
+        def write(self, block):
+            return super().write(block[: max(1, len(block) // 3)])
+
+    def short(path, mode="r", **kwargs):
+        return Short(path, mode) if mode == "r+b" else open(path, mode, **kwargs)
+
+    monkeypatch.setattr(writer, "open", short, raising=False)
+    assert folder_bytes(write(tmp_path / "out")) == expected
+
+
 def test_without_posix_fallocate(tmp_path, expected, monkeypatch):
     monkeypatch.delattr(os, "posix_fallocate")
     assert folder_bytes(write(tmp_path / "out")) == expected
@@ -782,7 +797,9 @@ def test_the_lock_dies_with_its_owner(tmp_path, expected):
             os.kill(os.getpid(), 9)
 
     assert in_child(lambda: write(out, units(before=before))) == -9
-    assert folder_bytes(write(out)) == expected
+    calls: list[str] = []
+    assert folder_bytes(write(out, units(calls))) == expected
+    assert calls == ["b", "bytes", "c"], "finished units were journalled before the kill"
 
 
 def test_a_lock_whose_folder_was_just_renamed_is_not_ours(tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ def _ranks(values: Tensor, bounds: Tensor) -> Tensor:
     cells = _Cells(bounds) if values.device.type == "cpu" else None
     if cells is None or not cells.usable:
         return torch.bucketize(values, bounds, out_int32=True).to(torch.uint8)
-    ranks = torch.empty(values.numel(), dtype=torch.uint8)
+    ranks = torch.empty(values.numel(), dtype=torch.uint8, device="cpu")
     flat = values.reshape(-1)
     for start in range(0, len(flat), _CHUNK):
         cells.rank(flat[start : start + _CHUNK], ranks[start : start + _CHUNK])
@@ -71,9 +71,9 @@ class _Cells:
             return
         at = self._cell(bounds)
         self.usable = len(at.unique()) == len(at)
-        self.before = torch.searchsorted(at, torch.arange(_NUM_CELLS, dtype=torch.int32))
-        self.before = self.before.to(torch.uint8)
-        self.bound = torch.full((_NUM_CELLS,), torch.inf)
+        cells = torch.arange(_NUM_CELLS, dtype=torch.int32, device="cpu")
+        self.before = torch.searchsorted(at, cells).to(torch.uint8)
+        self.bound = torch.full((_NUM_CELLS,), torch.inf, dtype=torch.float32, device="cpu")
         self.bound[at.long()] = bounds
 
     def _cell(self, values: Tensor) -> Tensor:

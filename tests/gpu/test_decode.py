@@ -22,7 +22,7 @@ from flute.stream import quantize_checkpoint
 CUDA = torch.device("cuda")
 KS = [32, 64, 96, 160, 256, 512, 1024, 3584, 4096, 4608, 11008]
 NS = [1, 2, 15, 16, 17, 33, 100, 127, 256, 500, 1000, 2049]
-MS = [1, 1, 2, 3, 5, 8, 9, 16, 17, 24, 31, 32, 33, 40]
+MS = [1, 1, 2, 3, 5, 8, 9, 16, 17, 24, 31, 32, 33, 96, 97, 130]
 
 
 def make(N, K, spec, *, bias=None, **kwargs):
@@ -106,7 +106,7 @@ def test_random_problems_by_the_three_oracles():
     assert not failures, (len(failures), failures[:10])
 
 
-@pytest.mark.parametrize("M", [1, 8, 16, 32, 40])
+@pytest.mark.parametrize("M", [1, 8, 16, 32, 40, 100])
 def test_inf_and_nan_pass_as_in_torch(M):
     layer = make(100, 512, QuantSpec(4, 64))
     x = torch.randn(M, 512, device=CUDA).half()
