@@ -77,7 +77,7 @@ def why_not(device: torch.device) -> str:
             f"{UNTESTED_ENVIRONMENT}=1 runs them"
         )
     if find_spec("cuda") is None or find_spec("cuda.core") is None:
-        return "cuda-core is not installed: pip install 'flute[cuda]'"
+        return "cuda-core is not installed: pip install 'cuda-core[cu13]'"
     from flute.jit.compiler import nvrtc_version
 
     try:

@@ -22,6 +22,7 @@ from flute.integrations.bitsandbytes_checkpoint import BitsandbytesCheckpoint
 from flute.integrations.original_checkpoint import OriginalCheckpoint
 from flute.pack import pack_codes
 from flute.stream import (
+    check_apart,
     copy_rows,
     find_source,
     fingerprint,
@@ -141,6 +142,7 @@ def convert_checkpoint(
             "dense": "is not quantised: quantise it with `flute quantize`.",
         }
         raise UnsupportedProblemError(f"`{directory}` {advice[kind]}")
+    check_apart(directory, destination)
     reader = CheckpointReader(directory)
     foreign: _ForeignCheckpoint
     if kind == "bitsandbytes":

@@ -201,3 +201,12 @@ def test_the_tile_is_asked_for_where_the_data_do_not_tell_it(tmp_path, zoo):
     layer = flute.from_pretrained(tmp_path / "out").get_submodule(name.removesuffix(".weight"))
     expected = original.unpack_original(noise, 4, 64)
     assert torch.equal(layer.quantized_weight().codes, expected)
+
+
+def test_overwriting_the_source_is_refused_and_nothing_is_lost(tmp_path, zoo):
+    folder = copy_of(zoo, tmp_path / "copy")
+    before = folder_bytes(folder)
+    for destination in (folder, tmp_path):
+        with pytest.raises(CheckpointError, match="is or holds the source"):
+            convert_checkpoint(folder, destination, overwrite=True)
+    assert folder_bytes(folder) == before
