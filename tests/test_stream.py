@@ -595,13 +595,18 @@ def test_a_plan_reads_no_weights(saved, monkeypatch):
 
 MEMORY = """
 import re, sys
+import torch
+def peak():
+    return re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
+torchs = peak()
 from flute.model import QuantizeOptions
 from flute.stream import quantize_checkpoint
 source, out, method, *skip = sys.argv[1:]
 quantize_checkpoint(source, out, QuantizeOptions(4, 64, method=method, skip=skip))
-print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+print(torchs, peak())
 """
-"""Prints the peak. Not `ru_maxrss`: a child's starts at what its parent had when it was started."""
+"""Prints the peak after importing torch, and at the end. Not `ru_maxrss`: a child's starts at what
+its parent had when it was started."""
 
 
 @pytest.mark.parametrize(("method", "rows"), [("nf", 24576), ("mse", 8192)])
@@ -620,7 +625,9 @@ def test_peak_memory(tmp_path, method, rows):
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     largest = rows * 1024 * 2
     skip = ("*_attn.*", "gate_proj", "down_proj")
-    peak = 1024 * int(run_python(MEMORY, source, tmp_path / "out", method, *skip))
+    printed = run_python(MEMORY, source, tmp_path / "out", method, *skip)
+    torchs, peak = (1024 * int(number) for number in printed.split())
+    peak -= max(0, torchs - 250_000_000)  # a CUDA build takes some 400 MB before anything happens
     assert (tmp_path / "out" / "model.safetensors").stat().st_size > 3 * largest
     assert peak <= 3 * largest + 700e6
     assert peak <= 700e6, "blocks bound the memory, whatever the tensor's size"

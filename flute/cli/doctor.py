@@ -91,6 +91,7 @@ def examine() -> dict[str, Any]:
         for name in ("float16", "bfloat16", "float32")
     ]
     packages = {name: _version(name) or "not installed" for name in _PACKAGES}
+    packages["torch"] = torch.__version__  # says which build it is
     return {"machine": machine, "packages": packages, "paths": paths, "problems": _problems()}
 
 
