@@ -18,6 +18,8 @@ struct Element<kFloat16> {
                                float c2, float c3) {
     ptx::mma_f16(d, a, b0, b1, c0, c1, c2, c3);
   }
+  // Products of two pairs, each rounded once.
+  static FLUTE_DEVICE u32 multiply2(u32 a, u32 b) { return ptx::mul_f16x2(a, b); }
   // Two scales stored side by side at `address`.
   static FLUTE_DEVICE void load_pair(float& lo, float& hi, u32 address) {
     u32 v = ptx::ld_shared(address);
@@ -38,6 +40,7 @@ struct Element<kBFloat16> {
                                float c2, float c3) {
     ptx::mma_bf16(d, a, b0, b1, c0, c1, c2, c3);
   }
+  static FLUTE_DEVICE u32 multiply2(u32 a, u32 b) { return ptx::mul_bf16x2(a, b); }
   static FLUTE_DEVICE void load_pair(float& lo, float& hi, u32 address) {
     u32 v = ptx::ld_shared(address);
     lo = __uint_as_float(v << 16);

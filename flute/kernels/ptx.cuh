@@ -286,6 +286,20 @@ FLUTE_DEVICE void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, flo
         "f"(c3));
 }
 
+// mul.rn.f16x2 (any GPU): two products, each rounded once.
+FLUTE_DEVICE u32 mul_f16x2(u32 a, u32 b) {
+  u32 v;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+  return v;
+}
+
+// fma.rn.bf16x2 (sm_80) with -0 as the addend: two products, each rounded once.
+FLUTE_DEVICE u32 mul_bf16x2(u32 a, u32 b) {
+  u32 v;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(0x80008000u));
+  return v;
+}
+
 // cvt.f32.f16 (any GPU).
 FLUTE_DEVICE float cvt_f32_f16(u16 v) {
   float r;
