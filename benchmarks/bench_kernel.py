@@ -1,8 +1,8 @@
 """Time the op against cuBLAS on fp16 weights, on one GPU, for the shapes of Llama-3.
 
 Protocol: CUDA graphs of calls to copies of the layer that together exceed twice the L2, warmed up,
-the median of 20 replays that follow each other without a pause (`flute.timing`). The limit is (codes + scales + x + out bytes) / the read bandwidth of an
-H200.
+the median of 20 replays that follow each other without a pause (`flute.timing`).
+The limit is (codes + scales + x + out bytes) / the read bandwidth of an H200.
 
 Usage: python benchmarks/bench_kernel.py [--json benchmarks/results/decode_h200.json]
 """
