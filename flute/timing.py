@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 
@@ -23,9 +24,10 @@ def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
             may be compiled or awaited.
     """
     graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream()
     torch.cuda.synchronize()
-    with torch.cuda.stream(stream):  # torch.cuda.graph would empty the allocator's cache each time
+    with torch.cuda.stream(
+        _side_stream(torch.cuda.current_device())
+    ):  # torch.cuda.graph would empty the allocator's cache each time
         graph.capture_begin()
         try:
             for call in calls:
@@ -34,6 +36,12 @@ def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
             graph.capture_end()
     torch.cuda.synchronize()
     return graph
+
+
+@cache
+def _side_stream(device_index: int) -> torch.cuda.Stream:
+    """One stream for all captures: cuBLAS keeps a workspace for each that it sees."""
+    return torch.cuda.Stream(device_index)
 
 
 def time_graphs_us(graphs: Sequence[torch.cuda.CUDAGraph], repeats: int) -> list[float]:

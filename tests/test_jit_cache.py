@@ -166,6 +166,23 @@ def test_import_loads_no_compiler():
     )
 
 
+THREADS = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from flute.jit.compiler import Source, compile_cubin
+sys.setswitchinterval(1e-5)
+texts = ['extern "C" __global__ void f() {}' + " " * i for i in range(8)]
+with ThreadPoolExecutor(8) as pool:
+    cubins = pool.map(lambda t: compile_cubin(Source(t, "f", Path(sys.argv[1])), "sm_90a"), texts)
+    assert all(cubin.symbol == "f" for cubin in cubins)
+"""
+
+
+def test_threads_compile_in_a_fresh_process(tmp_path):
+    run_python(THREADS, tmp_path)
+
+
 def test_a_real_kernel_from_the_cache(source, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
