@@ -22,6 +22,10 @@ from flute.tuning import DensePlan
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
+_GRAPH_BYTES = 1e9
+"""That the calls of a graph read if 6 suffice: with fewer, its own launch would count."""
+
+
 class Operands:
     """One buffer of each kind, of which the weight in hand (`take`) has views.
 
@@ -52,6 +56,7 @@ class Operands:
             most_tokens: rows of x.
         """
         self.key, self.num_copies = key, _num_copies(key)
+        self.num_calls = max(self.num_copies, min(6, int(_GRAPH_BYTES / (_num_words(key) * 4)) + 1))
         self.spec = QuantSpec(key.num_bits, key.group_size or WHOLE_ROW)
         scales = self._random("scales", self._num_scales, DTYPES[key.scale_dtype], 0.05)
         count = _num_scales(key)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,9 +37,9 @@ STEP = 1.15
 """A token that makes all tokens this much dearer is worth a line in the report."""
 _MAX_KERNEL_M = 32
 """Tokens that one launch of a decode kernel can take."""
-_SCREEN_REPEATS, _REPEATS, _NUM_FINALISTS = 3, 11, 4
-_MIN_CALLS = 6
-"""Calls of a graph: with fewer, its own launch would count."""
+_REPEATS, _NUM_FINALISTS = 11, 4
+_SCREENS = ((1, 1.5), (3, 1.1))
+"""Repeats, and how much slower than the best a plan may be to stay, before the finals."""
 _TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Relative norm of the difference to the dequantised product: twice what the tests allow each."""
 _SOURCES: dict[type, Callable[[Any], Source]] = {Plan: lambda plan: cuda.decode_source(plan.config)}
@@ -175,7 +175,7 @@ def steps(results: Iterable[Result]) -> list[tuple[Problem, float]]:
 
 
 class _Timed(NamedTuple):
-    """Plan -> microseconds of all, then of the heuristic's and the best few; plan -> why not."""
+    """Plan -> microseconds: of all, of the heuristic's and the best few; plan -> why not."""
 
     all: dict[AnyPlan, float]
     best: dict[AnyPlan, float]
@@ -296,7 +296,7 @@ class Tuner:
                     us,
                     plans.index(plan) if plan in plans else -1,
                     found.refused,
-                    tuple((found.all | found.best).get(p, float("inf")) for p in plans),
+                    tuple(found.all.get(p, float("inf")) for p in plans),
                 )
             )
         return results
@@ -306,7 +306,7 @@ class Tuner:
 
         graphs: dict[AnyPlan, torch.cuda.CUDAGraph] = {}
         refused: dict[AnyPlan, str] = {}
-        num_calls = max(_MIN_CALLS, data.num_copies)
+        num_calls = data.num_calls
         for plan in self.plans[problem]:
             try:
                 call = self._bind(data, plan, problem)
@@ -320,14 +320,22 @@ class Tuner:
             copies = [i % data.num_copies for i in range(num_calls)]
             graphs[plan] = capture([partial(call, i) for i in copies])
 
-        def times(plans: Sequence[AnyPlan], repeats: int) -> dict[AnyPlan, float]:
-            found = time_graphs_us([graphs[plan] for plan in plans], repeats)
-            return {plan: us / num_calls for plan, us in zip(plans, found, strict=True)}
+        all_times: dict[AnyPlan, float] = {}
 
-        screened = times(list(graphs), _SCREEN_REPEATS)
-        finalists = sorted(screened, key=screened.__getitem__)[:_NUM_FINALISTS]
+        def times(plans: Iterable[AnyPlan], repeats: int) -> dict[AnyPlan, float]:
+            plans = list(plans)
+            found = time_graphs_us([graphs[plan] for plan in plans], repeats)
+            all_times.update((plan, us / num_calls) for plan, us in zip(plans, found, strict=True))
+            return {plan: all_times[plan] for plan in plans}
+
+        left = list(graphs)
+        for repeats, slower in _SCREENS:
+            found = times(left, repeats)
+            left = [p for p in left if found[p] <= slower * min(found.values())]
+        finalists = sorted(left, key=all_times.__getitem__)[:_NUM_FINALISTS]
         finalists += [plan for plan in self.plans[problem][:1] if plan in graphs]
-        return _Timed(screened, times(list(dict.fromkeys(finalists)), _REPEATS), refused)
+        final = times(dict.fromkeys(finalists), _REPEATS)
+        return _Timed(all_times, final, refused)
 
     def _bind(self, data: Operands, plan: AnyPlan, problem: Problem) -> Callable[[int], object]:
         """Return what multiplies by copy ``i`` of the weight with a plan, on the current stream."""

@@ -170,12 +170,15 @@ THREADS = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from flute.jit.compiler import Source, compile_cubin
+from flute.jit.cache import load_or_compile
+from flute.jit.compiler import Source
 sys.setswitchinterval(1e-5)
-texts = ['extern "C" __global__ void f() {}' + " " * i for i in range(8)]
-with ThreadPoolExecutor(8) as pool:
-    cubins = pool.map(lambda t: compile_cubin(Source(t, "f", Path(sys.argv[1])), "sm_90a"), texts)
-    assert all(cubin.symbol == "f" for cubin in cubins)
+folder = Path(sys.argv[1])
+text = 'extern "C" __global__ void f() {}'
+sources = [Source(text + " " * i, "f", folder) for i in range(16)]
+with ThreadPoolExecutor(16) as pool:
+    futures = [pool.submit(load_or_compile, source, "sm_90a", folder) for source in sources]
+assert all(future.result().symbol == "f" for future in futures)
 """
 
 

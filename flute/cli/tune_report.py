@@ -101,7 +101,11 @@ def _finite(number: float) -> float | None:
 
 
 def as_json(
-    tuner: Tuner, results: list[Result], output: Path | None, kernels: int, seconds: float
+    tuner: Tuner,
+    results: list[Result],
+    output: Path | None,
+    kernels: int,
+    seconds: dict[str, float],
 ) -> dict[str, Any]:
     """Return all of it for `--json`.
 
@@ -110,7 +114,7 @@ def as_json(
         results: what was measured.
         output: the file that keeps it, if any.
         kernels: how many were compiled.
-        seconds: that all of it took.
+        seconds: what took how long.
     """
     from flute.tune import steps
     from flute.tuning import describe, kernels_hash
@@ -123,7 +127,7 @@ def as_json(
         "version": __version__,
         "kernels": kernels_hash(),
         "num_kernels": kernels,
-        "seconds": round(seconds, 1),
+        "seconds": {name: round(number, 2) for name, number in seconds.items()},
         "worst_ratio": _finite(max(ratios, default=math.inf)),
         "mean_ratio": _finite(_mean(ratios)),
         "above_1.05": sum(ratio > 1.05 for ratio in ratios),
