@@ -1,8 +1,8 @@
 """Time the op against cuBLAS on fp16 weights, on one GPU, for the shapes of Llama-3.
 
 Protocol: CUDA graphs of calls to copies of the layer that together exceed twice the L2, warmed up,
-the median of 20 replays. The limit is (codes + scales + x + out bytes) / the read bandwidth of an
-H200.
+the median of 20 replays that follow each other without a pause (`flute.timing`).
+The limit is (codes + scales + x + out bytes) / the read bandwidth of an H200.
 
 Usage: python benchmarks/bench_kernel.py [--json benchmarks/results/decode_h200.json]
 """
@@ -12,9 +12,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,31 +21,12 @@ import torch
 import flute
 from flute.console import print_table
 from flute.format import QuantizedWeight, QuantSpec
+from flute.timing import time_us
 
 SHAPES = ((57344, 8192), (28672, 4096), (8192, 28672), (4096, 14336), (8192, 8192), (4096, 4096))
 READ_BYTES_PER_US = 4.37e6
 """Measured on an H200 by a reduction over 2 GiB."""
 ROTATED_BYTES = 200e6
-
-
-def time_us(calls: Sequence[Callable[[], object]]) -> float:
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for i in range(23):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        torch.cuda.synchronize()
-        if i >= 3:
-            times.append(start.elapsed_time(stop) * 1e3 / len(calls))
-    return statistics.median(times)
 
 
 def random_layer(N: int, K: int, spec: QuantSpec) -> flute.LutLinear:

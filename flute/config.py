@@ -132,11 +132,13 @@ class Gpu:
         arch: compilation target.
         num_sms: multiprocessors.
         smem_bytes: shared memory that a block may have.
+        name: the driver's, by which tuned plans are found; without it none are.
     """
 
     arch: str = "sm_90a"
     num_sms: int = 132
     smem_bytes: int = 232448
+    name: str = ""
 
     @property
     def has_bulk_copies(self) -> bool:

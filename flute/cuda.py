@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flute.candidates import candidates
+from flute import tuning
 from flute.config import (
     DTYPE_IDX,
     Gpu,
@@ -105,6 +105,7 @@ def gpu_of(device: torch.device) -> Gpu:
         arch + "a" if arch == "sm_90" else arch,
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
+        properties.name,
     )
 
 
@@ -319,8 +320,9 @@ def compile_kernels(
     sources: dict[Source, None] = {}
     for problem in problems:
         for m in range(1, DECODE_M + 1):
-            plans = candidates(problem._replace(m=m), gpu)[:1]
-            sources |= {decode_source(plan.config): None for plan in plans}
+            plan = tuning.choose(problem._replace(m=m), gpu)
+            if isinstance(plan, Plan):
+                sources[decode_source(plan.config)] = None
         sources[dequantize_source(problem)] = None
     sources = {s: None for s in sources if (s.text, device.index) not in _functions}
     done(0, len(sources))
@@ -362,11 +364,10 @@ def _load(source: Source, cubin: Cubin, device: torch.device) -> int:
 def _decode_launcher(
     key: tuple[object, ...], problem: Problem, device: torch.device
 ) -> tuple[Launcher, int] | None:
-    """Return the launcher of a problem and its fp32 scratch, or None if no kernel serves it."""
-    plans = candidates(problem, gpu_of(device))
-    if not plans:
+    """Return the launcher of a problem and its fp32 scratch, or None: dequantise it."""
+    plan = tuning.choose(problem, gpu_of(device))
+    if not isinstance(plan, Plan):
         return None
-    plan = plans[0]
     function = _function(decode_source(plan.config), device)
     launcher = decode_launcher(function, plan, problem, gpu_of(device))
     found = _launchers[key] = (launcher, workspace_bytes(plan, problem.m, problem.n) // 4)

@@ -166,6 +166,26 @@ def test_import_loads_no_compiler():
     )
 
 
+THREADS = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from flute.jit.cache import load_or_compile
+from flute.jit.compiler import Source
+sys.setswitchinterval(1e-5)
+folder = Path(sys.argv[1])
+text = 'extern "C" __global__ void f() {}'
+sources = [Source(text + " " * i, "f", folder) for i in range(16)]
+with ThreadPoolExecutor(16) as pool:
+    futures = [pool.submit(load_or_compile, source, "sm_90a", folder) for source in sources]
+assert all(future.result().symbol == "f" for future in futures)
+"""
+
+
+def test_threads_compile_in_a_fresh_process(tmp_path):
+    run_python(THREADS, tmp_path)
+
+
 def test_a_real_kernel_from_the_cache(source, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

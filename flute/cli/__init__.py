@@ -12,11 +12,11 @@ import sys
 from collections.abc import Sequence
 
 from flute import __version__
-from flute.cli import convert, doctor, evaluate, generate, inspect, quantize
+from flute.cli import convert, doctor, evaluate, generate, inspect, quantize, tune
 from flute.console import report_error
 from flute.errors import FluteError
 
-COMMANDS = (quantize, generate, evaluate, inspect, convert, doctor)
+COMMANDS = (quantize, generate, evaluate, inspect, convert, tune, doctor)
 
 _EPILOG = """\
 examples:
@@ -25,6 +25,7 @@ examples:
   flute generate OUT "Once upon a time"       try it
   flute eval MODEL OUT --plot quality.png     what it cost
   flute inspect OUT                           what is inside
+  flute tune OUT                              find its fastest kernels on this GPU
   flute doctor                                what this machine will use
 
 MODEL is a folder with config.json and safetensors, or a name on the Hugging Face Hub.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ OPTIONS: Mapping[str, Any] = {
     "device_as_default_execution_space": True,
 }
 """What every kernel is compiled with, besides the architecture and the headers' folder."""
+_importing = threading.Lock()
+"""cuda-core fills its own modules while it is imported: a second thread would find them empty."""
 _SCHEMA = 1
 """Raised when what a cache entry means changes."""
 
@@ -95,7 +98,8 @@ def compile_cubin(source: Source, arch: str) -> Cubin:
     Raises:
         KernelCompileError: NVRTC's log, and the source.
     """
-    from cuda.core import Program, ProgramOptions
+    with _importing:
+        from cuda.core import Program, ProgramOptions
 
     nvrtc_version()
     log = io.StringIO()

@@ -19,6 +19,7 @@ from flute.errors import FluteError
 
 _ATTRIBUTE_CLUSTER = 4
 _ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+_FUNC_LOCAL_SIZE_BYTES = 3
 _FUNC_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 _FUNC_PREFERRED_SHARED_MEMORY_CARVEOUT = 9
 
@@ -88,6 +89,25 @@ def load_function(code: bytes, symbol: str, smem_bytes: int) -> int:
             _check(driver.cuFuncSetAttribute(function, attribute, value), "cuFuncSetAttribute")
     assert function.value is not None, "cuKernelGetFunction returned no function and no error"
     return function.value
+
+
+def local_bytes(function: int) -> int:
+    """Return the local memory per thread of a kernel, in bytes: spills and stack.
+
+    Args:
+        function: CUfunction from `load_function`.
+
+    Raises:
+        LaunchError: the driver does not know the function.
+    """
+    value = ctypes.c_int()
+    _check(
+        _driver().cuFuncGetAttribute(
+            ctypes.byref(value), _FUNC_LOCAL_SIZE_BYTES, ctypes.c_void_p(function)
+        ),
+        "cuFuncGetAttribute",
+    )
+    return value.value
 
 
 class Launcher:
