@@ -78,7 +78,8 @@ def plot_limit(records: Sequence[Record], path: Path) -> None:
         axes.bar_label(bars, fmt="%.0f", fontsize=7, padding=1)
     axes.axhline(100, color="0.4", linewidth=1, linestyle="--")
     axes.set_xticks(range(len(shapes)), [f"{N} x\n{K}" for N, K in shapes])
-    axes.set(ylabel="% of the bandwidth limit", ylim=(0, 118))
+    axes.set_ylabel("% of the bandwidth limit", fontsize=8)
+    axes.set_ylim(0, 118)
     axes.legend(fontsize=8, ncols=len(bits), frameon=False, loc="upper right")
     plain(axes)
     axes.set_title(
@@ -136,11 +137,11 @@ def plot_speed_up(
             marks = [m for m in tokens if m & (m - 1) == 0]
             marks = marks[:: 1 + (len(marks) - 1) // 7]
             axes.set_xticks(marks, [str(m) for m in marks])
-            axes.set_ylim(bottom=0)
             axes.minorticks_off()
             plain(axes)
             axes.set_title(f"{N} x {K}, {num_bits} bits", fontsize=9)
-        row[0].set_ylabel("x cuBLAS fp16" if here[0]["dtype"] == "float16" else "x cuBLAS bf16")
+        row[0].set_ylim(bottom=0)  # of the whole row, once its lines are drawn
+        row[0].set_ylabel(f"x cuBLAS, {records[0]['dtype']}", fontsize=8)
     for axes in grid[-1]:
         axes.set_xlabel("tokens, M", fontsize=8)
     names = [name for name in LINES if name in handles]
