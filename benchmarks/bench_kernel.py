@@ -126,14 +126,17 @@ class Worker:
     Args:
         command: what starts it.
         cases: what it measures.
+        log: file for what it prints, or None for one that goes with the process.
     """
 
-    def __init__(self, command: Sequence[str], cases: Sequence[Case]) -> None:
+    def __init__(
+        self, command: Sequence[str], cases: Sequence[Case], log: Path | None = None
+    ) -> None:
         self.us: dict[Case, float] = {}
         self.errors: dict[Case, float] = {}
         self.notes: dict[Case, str] = {}
         self._cases = cases
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  it lives as long as the process
+        self._log = log.open("w+") if log else tempfile.TemporaryFile("w+")  # noqa: SIM115
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
         self._process = subprocess.Popen(command, text=True, bufsize=1, **pipes)
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -308,6 +311,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--peers", nargs="+", choices=(*PEERS, "all", "none"), default=("all",))
     add("--tune-peers", action="store_true", help="let GemLite search its configurations: minutes")
     add("--peer-seconds", type=float, default=120, help="for a library to compile, and to be timed")
+    add("--logs", type=Path, metavar="FOLDER", help="keep what the libraries print, a file each")
     add("--json", type=Path, help="write the records here too; what is there is kept on a failure")
     add("--commit", help="of the code that runs (default: what git says)")
     args = parser.parse_args(argv)
@@ -340,7 +344,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     theirs = list(dict.fromkeys(peer_case(case) for case in cases))
     command = [sys.executable, str(FOLDER / "peers.py")]
     workers = {
-        name: Worker([*command, name, *flags], theirs) for name in names if is_installed(name)
+        name: Worker([*command, name, *flags], theirs, args.logs and args.logs / f"{name}.log")
+        for name in names
+        if is_installed(name)
     }
     try:
         records = measure(cases, workers, head, args)

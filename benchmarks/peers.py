@@ -26,6 +26,7 @@ import copy
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -295,6 +296,7 @@ class Session:
         except UnsupportedCaseError as error:
             note = str(error)
         except Exception as error:  # noqa: BLE001  whatever another library raises
+            traceback.print_exc()  # into its log
             note = one_line(error)
         for case in group:
             if case in self._left:
