@@ -39,8 +39,9 @@ import torch
 from protocol import Case, Oracle, by_weight, copies_of, time_us
 from torch import Tensor
 
-TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 2e-2}
-"""Of the relative error: some peers sum in fp16 across blocks."""
+TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 3e-2}
+"""Of the relative error. Ten times ours, since some sum in fp16 across blocks (GemLite: 4.5e-3 at
+K = 14336); a weight in the wrong order is off by 1."""
 
 
 class UnsupportedCaseError(Exception):

@@ -1,5 +1,7 @@
 """Draw what `bench_kernel.py` measured: the share of the limit, and the speed-up over cuBLAS.
 
+Also prints the table of the README.
+
 Usage: python benchmarks/plot_kernel.py results.json [--out benchmarks/results]
 """
 
@@ -56,6 +58,28 @@ def shapes_of(records: Sequence[Record]) -> list[tuple[int, int]]:
 
 def bits_of(records: Sequence[Record]) -> list[int]:
     return sorted({r["num_bits"] for r in records}, reverse=True)
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """Return a table of the times at M = 1: ours at all bit widths, others' at 4 bits."""
+    bits = bits_of(records)
+    here = {(r["n"], r["k"], r["num_bits"]): r for r in records if r["m"] == 1}
+    names = [name for name in LINES if any(name in r["peers"] for r in here.values())]
+    heads = ["N x K", f"flute {' / '.join(map(str, bits))} bits", f"cuBLAS {records[0]['dtype']}"]
+    rows = [heads + [KINDS.get(name, f"{name} int") for name in names], ["---"] * (3 + len(names))]
+    for N, K in shapes_of(records):
+        ours = [here[N, K, b] for b in bits]
+        times = [ours[0]["peers"].get(name) for name in names]
+        rows.append(
+            [
+                f"{N} x {K}",
+                " / ".join(f"{r['us']:.1f}" for r in ours),
+                f"{ours[0]['cublas_us']:.1f}",
+                *(f"{us:.1f}" if us else "-" for us in times),
+            ]
+        )
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([f"us at M = 1; {subtitle(records)}", "", *lines])
 
 
 def plain(axes: Axes) -> None:
@@ -165,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, plot in (("kernel_limit.png", plot_limit), ("kernel_speed_up.png", plot_speed_up)):
         plot(records, args.out / name)
         print(args.out / name)
+    print(f"\n{markdown(records)}")
 
 
 if __name__ == "__main__":

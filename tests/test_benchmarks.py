@@ -195,6 +195,12 @@ def test_the_table_has_a_column_for_each_peer_that_was_measured(records, capsys)
     assert "bitsandbytes, 16 of 24: 4 bits only" in printed
 
 
+def test_the_markdown_table_has_our_bits_side_by_side(records):
+    lines = plot_kernel.markdown(records).splitlines()
+    assert lines[0].endswith("commit abc1234, 2026-11-22")
+    assert lines[4] == "| 256 x 512 | 4.0 / 4.0 / 4.0 | 10.0 | 5.0 | 8.0 |"
+
+
 def test_speed_ups_are_against_cublas(records):
     here = [r for r in records if (r["n"], r["num_bits"]) == (256, 4)]
     assert plot_kernel.speed_ups(here, "flute") == ([1, 2, 16, 128], [2.5] * 4)
@@ -217,6 +223,13 @@ def test_results_that_are_kept_can_be_drawn():
         kept = json.loads(path.read_text())
         assert all(r["commit"] and r["date"] and r["gpu"] for r in kept)
         assert all(r["limit_fraction"] < 1.1 for r in kept)
+
+
+def test_the_readme_has_the_figures_that_are_kept():
+    kept = json.loads((ROOT / "benchmarks" / "results" / "kernel_h200.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    for line in plot_kernel.markdown(plot_kernel.one_setting(kept)).splitlines():
+        assert line in readme, "paste what benchmarks/plot_kernel.py prints into the README"
 
 
 # ---- the command line
