@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flute import launchers
-from flute.format import PackedWeight, table_per_row
+from flute.constant import Constant
+from flute.format import TENSOR_NAMES, PackedWeight, table_per_row
 from flute.kernel_order import TILE_N
 from flute.launchers import DECODE_M, takes_ranges
 
@@ -161,10 +162,23 @@ class Ready:
         num_scratch: fp32 numbers that a launch needs besides.
         device: index of the GPU.
         shape: of the result.
-        parts: codes, scales, table and bias, whose addresses are bound.
+        parameters: of the layer, by name: codes, scales and table are constants.
+        bound: the tensors whose addresses are bound: codes, scales, table, bias.
     """
 
-    __slots__ = ("_addresses", "_device", "_kept", "_launcher", "_others", "_scratch", "_shape")
+    __slots__ = (
+        "_bias_at",
+        "_codes",
+        "_device",
+        "_kept",
+        "_launcher",
+        "_moves",
+        "_others",
+        "_scales",
+        "_scratch",
+        "_shape",
+        "_table",
+    )
 
     def __init__(
         self,
@@ -172,13 +186,25 @@ class Ready:
         num_scratch: int,
         device: int,
         shape: tuple[int, ...],
-        parts: tuple[Tensor | None, ...],
+        parameters: dict[str, Any],
+        bound: tuple[Tensor | None, ...],
     ) -> None:
         self._launcher, self._scratch = launcher, num_scratch
         self._device, self._shape = device, shape
         self._others = torch.cuda.device_count() > 1
-        self._kept = [None if part is None else part.detach() for part in parts]
-        self._addresses = [0 if part is None else part.data_ptr() for part in parts]
+        self._codes, self._scales, self._table = (parameters[name] for name in TENSOR_NAMES)
+        self._kept = [tensor for tensor in bound if tensor is not None]
+        self._bias_at = 0 if bound[3] is None else bound[3].data_ptr()
+        self._moves = -1
+
+    def _still_bound(self) -> bool:
+        """Tell whether the constants lie where they lay; `Constant.moves` says some may not."""
+        moves, constants = Constant.moves, (self._codes, self._scales, self._table)
+        for now, then in zip(constants, self._kept[:3], strict=True):
+            if now.data_ptr() != then.data_ptr():
+                return False
+        self._moves = moves
+        return True
 
     def __call__(self, x: Tensor, parameters: dict[str, Any]) -> Tensor | None:
         """Multiply, or return None where the layer's parameters are no longer those bound.
@@ -187,13 +213,13 @@ class Ready:
             x: of the shape, dtype and device it was made for.
             parameters: of the layer, by name.
         """
-        codes, scales, table, bias = self._addresses
-        b = parameters["bias"]
+        bias = parameters["bias"]
         if (
-            parameters["codes"].data_ptr() != codes
-            or parameters["scales"].data_ptr() != scales
-            or parameters["table"].data_ptr() != table
-            or (0 if b is None else b.data_ptr()) != bias
+            parameters["codes"] is not self._codes
+            or parameters["scales"] is not self._scales
+            or parameters["table"] is not self._table
+            or (0 if bias is None else bias.data_ptr()) != self._bias_at
+            or (Constant.moves != self._moves and not self._still_bound())
         ):
             return None
         device, at = self._device, x.data_ptr()
@@ -213,30 +239,32 @@ class Ready:
         return out
 
 
-def make_ready(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Ready | None:
+def make_ready(x: Tensor, weight: PackedWeight, parameters: dict[str, Any]) -> Ready | None:
     """Return a product made ready, or None if `multiply` has to look at each call.
 
     Args:
         x: fp16 or bf16, shape (..., K), on a GPU for which `flute.device.why_not` is "".
         weight: in kernel order, on the same device.
-        bias: shape (N,), on the same device, or None.
+        parameters: of the layer whose weight it is, by name; ``bias`` is on the same device.
 
     Raises:
         UnsupportedProblemError: a kernel had to be compiled while a CUDA graph is captured.
     """
     M, device = x.numel() // max(1, weight.K), x.device
-    as_it_is = bias is None or (bias.dtype == x.dtype and bias.is_contiguous())
+    bias: Tensor | None = None if parameters["bias"] is None else parameters["bias"].data
     if not 1 <= M <= DECODE_M or not weight.N or _with_readable_table(weight) is not weight:
         return None
-    if not as_it_is:
+    if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):
         return None
     with torch.cuda.device(device):
         found = launchers.decode(weight, M, x.dtype, device)
-        if found is None:
-            return None
-        launcher, num_scratch = found
-        parts = (weight.packed, weight.scales, weight.table, bias)
-        addresses = [0 if part is None else part.data_ptr() for part in parts]
-        bound = dict(enumerate(addresses, 1)) | ({} if num_scratch else {5: 0})
-        shape = (*x.shape[:-1], weight.N)
-        return Ready(launcher.bind(bound), num_scratch, device.index, shape, parts)
+    if found is None:
+        return None
+    launcher, num_scratch = found
+    bound = (weight.packed, weight.scales, weight.table, bias)
+    pointers = {i: 0 if part is None else part.data_ptr() for i, part in enumerate(bound, 1)}
+    if not num_scratch:
+        pointers[5] = 0
+    shape = (*x.shape[:-1], weight.N)
+    bound_launcher = launcher.bind(pointers)
+    return Ready(bound_launcher, num_scratch, device.index, shape, parameters, bound)

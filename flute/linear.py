@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from flute.concat import concat_weights
+from flute.constant import Constant
 from flute.cuda import Ready, make_ready
 from flute.device import warn_slow, why_not
 from flute.errors import FormatError
@@ -37,25 +38,6 @@ _lock = threading.Lock()
 """Held while a layer changes order at its first call."""
 _MAX_READY = 64
 """Shapes and dtypes of x for which a layer keeps a product ready."""
-
-
-class _Constant(nn.Parameter):
-    """A parameter that never requires a gradient, whatever is asked of the whole model."""
-
-    def __new__(cls, data: Tensor, requires_grad: bool = False) -> _Constant:
-        return super().__new__(cls, data, False)
-
-    def requires_grad_(self, requires_grad: bool = True) -> _Constant:
-        """Change nothing."""
-        return self
-
-    @property
-    def requires_grad(self) -> bool:
-        """False; setting it changes nothing."""
-        return False
-
-    @requires_grad.setter
-    def requires_grad(self, value: bool) -> None: ...
 
 
 class LutLinear(nn.Module):
@@ -167,7 +149,7 @@ class LutLinear(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """Set as `nn.Module` does; a parameter of the weight becomes a constant."""
         if name in TENSOR_NAMES and isinstance(value, nn.Parameter):
-            _make_constant(value)
+            Constant.of(value)
             self._ready.clear()
         super().__setattr__(name, value)
 
@@ -195,22 +177,21 @@ class LutLinear(nn.Module):
 
     def _first_call(self, x: Tensor) -> Tensor | None:
         """Make a product ready for the shape and dtype of x, and run it; None where it cannot."""
-        device, weight, bias = x.device, self.packed_weight(), self.bias
-        parts = [*weight[:3], *(() if bias is None else (bias.data,))]
+        device, weight, parameters = x.device, self.packed_weight(), self._parameters
         if (
             x.numel() > DECODE_M * self.in_features
             or x.dtype not in (torch.float16, torch.bfloat16)
-            or any(part.device != device for part in parts)
+            or any(p is not None and p.device != device for p in parameters.values())
             or why_not(device)
         ):
             return None
-        ready = make_ready(x, weight, bias)
+        ready = make_ready(x, weight, parameters)
         if ready is None:
             return None
         if len(self._ready) >= _MAX_READY:
             self._ready.clear()
         self._ready[x.shape, x.dtype, device] = ready
-        return ready(x, self._parameters)
+        return ready(x, parameters)
 
     def packed_weight(self) -> PackedWeight:
         """Return the tensors as they are, in the order that ``kernel_order`` tells."""
@@ -323,7 +304,7 @@ class LutLinear(nn.Module):
         state["_ready"] = {}
         if self.kernel_order:
             plain, parameters = self._plain(), dict(self._parameters)
-            parameters["codes"], parameters["scales"] = map(_Constant, plain[:2])
+            parameters["codes"], parameters["scales"] = map(Constant, plain[:2])
             state |= {"_parameters": parameters, "kernel_order": False, "_settled": False}
         return state
 
@@ -336,7 +317,7 @@ class LutLinear(nn.Module):
         for name in TENSOR_NAMES:
             parameter = self._parameters.get(name)
             if parameter is not None:
-                _make_constant(parameter)
+                Constant.of(parameter)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LutLinear:
         """Move everything, but let casts (`half`, `to(dtype)`) reach only the bias."""
@@ -376,10 +357,3 @@ def _is_offloaded(layer: nn.Module) -> bool:
     """Tell whether accelerate brings the layer's weights from elsewhere for each call."""
     hook = getattr(layer, "_hf_hook", None)
     return any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,)))
-
-
-def _make_constant(parameter: nn.Parameter) -> None:
-    """Turn a parameter into a constant, in place: who else holds it must see the same object."""
-    if type(parameter) is nn.Parameter:
-        parameter.requires_grad_(False)
-        parameter.__class__ = _Constant

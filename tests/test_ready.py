@@ -127,6 +127,15 @@ def test_x_that_a_kernel_cannot_read_is_copied(kernels):
     assert launches(kernels) == 5
 
 
+def test_a_move_elsewhere_changes_nothing(kernels):
+    layer, plain = make()
+    x = draw(1, K)
+    layer(x)
+    make()[0].to_plain_order()  # other constants get other memory
+    assert torch.equal(layer(x), expected(plain, x))
+    assert len(kernels) == 1
+
+
 def test_in_place_changes_are_seen(kernels):
     layer, plain = make()
     x = draw(1, K)
@@ -150,7 +159,12 @@ def behind_its_back(layer, name, value):
     layer._parameters[name] = nn.Parameter(value, requires_grad=False)
 
 
-@pytest.mark.parametrize("replace", [new_data, new_parameter, behind_its_back])
+def other_memory(layer, name, value):
+    with torch.no_grad():
+        getattr(layer, name).set_(value)
+
+
+@pytest.mark.parametrize("replace", [new_data, new_parameter, behind_its_back, other_memory])
 @pytest.mark.parametrize("name", ["codes", "scales", "table", "bias"])
 def test_replaced_parameters_are_seen(kernels, name, replace):
     layer, _ = make()

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "flute"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("errors", "version"),
-    ("format",),
+    ("constant", "format"),
     ("tables", "pack", "jit"),
     ("kernel_order", "reference"),
     ("config",),
