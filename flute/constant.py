@@ -21,7 +21,7 @@ class Constant(nn.Parameter):
 
     def __new__(cls, data: Tensor, requires_grad: bool = False) -> Constant:
         """Make a constant that shares memory with ``data``."""
-        return super().__new__(cls, data, False)
+        return super().__new__(cls, data.detach() if type(data) is Constant else data, False)
 
     @staticmethod
     def of(parameter: nn.Parameter) -> None:

@@ -35,6 +35,9 @@ _DENSE_BYTES = 64 << 20
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", int)
 _current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", int)
 """As ``torch.cuda``'s, without a Stream object. Builds without CUDA have neither."""
+_empty: Callable[..., Tensor] = getattr(torch._C._dynamo.guards, "_empty_strided_cuda")  # noqa: B009
+"""`torch.empty_strided` of shape, strides and dtype on the current GPU, as compiled models call it:
+2.5 us where ``new_empty`` takes 4.9 (torch 2.11, H200, 2026-11-22). Its stubs lack it."""
 
 
 def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
@@ -59,41 +62,27 @@ def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     weight = _with_readable_table(weight)
     if M > MAX_DECODE_M:
         return _multiply_dense(x, weight, bias)
+    device = x.device
+    if _current_device() != device.index:
+        with torch.cuda.device(device):
+            return multiply(x, weight, bias)
     x = _readable(x)
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
-    out = x.new_empty(M, N)
-    device = x.device
-    pointers = (weight.packed.data_ptr(), weight.scales.data_ptr(), weight.table.data_ptr())
-    bias_at = 0 if bias is None else bias.data_ptr()
-    with _HERE if device.index == _current_device() else torch.cuda.device(device):
-        stream = _current_stream(device.index)
-        for start in range(0, M, DECODE_M):
-            found = launchers.decode(weight, min(DECODE_M, M - start), x.dtype, device)
-            if found is None:
-                return _multiply_dense(x, weight, bias)
-            launcher, num_scratch = found
-            scratch = x.new_empty(num_scratch, dtype=torch.float32) if num_scratch else None
-            launcher.launch(
-                stream,
-                x.data_ptr() + start * K * 2,
-                *pointers,
-                bias_at,
-                0 if scratch is None else scratch.data_ptr(),
-                out.data_ptr() + start * N * 2,
-            )
+    out, stream = _empty((M, N), (N, 1), x.dtype), _current_stream(device.index)
+    x_at, out_at = x.data_ptr(), out.data_ptr()
+    parts = (weight.packed, weight.scales, weight.table, bias)
+    pointers = [0 if part is None else part.data_ptr() for part in parts]
+    for start in range(0, M, DECODE_M):
+        found = launchers.decode(weight, min(DECODE_M, M - start), x.dtype, device)
+        if found is None:
+            return _multiply_dense(x, weight, bias)
+        launcher, num_scratch = found
+        scratch = x.new_empty(num_scratch, dtype=torch.float32) if num_scratch else None
+        scratch_at = 0 if scratch is None else scratch.data_ptr()
+        at = (x_at + start * K * 2, *pointers, scratch_at, out_at + start * N * 2)
+        launcher.launch(stream, *at)
     return out
-
-
-class _Here:
-    """Stands for a device guard where the device is current; `nullcontext` takes longer."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-_HERE = _Here()
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -162,6 +151,7 @@ class Ready:
         num_scratch: fp32 numbers that a launch needs besides.
         device: index of the GPU.
         shape: of the result.
+        dtype: of the result.
         parameters: of the layer, by name: codes, scales and table are constants.
         bound: the tensors whose addresses are bound: codes, scales, table, bias.
     """
@@ -172,11 +162,11 @@ class Ready:
         "_device",
         "_kept",
         "_launcher",
+        "_like",
         "_moves",
         "_others",
         "_scales",
         "_scratch",
-        "_shape",
         "_table",
     )
 
@@ -186,11 +176,14 @@ class Ready:
         num_scratch: int,
         device: int,
         shape: tuple[int, ...],
+        dtype: torch.dtype,
         parameters: dict[str, Any],
         bound: tuple[Tensor | None, ...],
     ) -> None:
         self._launcher, self._scratch = launcher, num_scratch
-        self._device, self._shape = device, shape
+        self._device = device
+        strides = torch.empty(shape, device="meta").stride()
+        self._like = (shape, strides, dtype)
         self._others = torch.cuda.device_count() > 1
         self._codes, self._scales, self._table = (parameters[name] for name in TENSOR_NAMES)
         self._kept = [tensor for tensor in bound if tensor is not None]
@@ -219,6 +212,7 @@ class Ready:
             or parameters["scales"] is not self._scales
             or parameters["table"] is not self._table
             or (0 if bias is None else bias.data_ptr()) != self._bias_at
+            or (bias is not None and bias.requires_grad and torch.is_grad_enabled())
             or (Constant.moves != self._moves and not self._still_bound())
         ):
             return None
@@ -229,8 +223,7 @@ class Ready:
         if self._others and _current_device() != device:
             with torch.cuda.device(device):
                 return self(x, parameters)
-        out = x.new_empty(self._shape)
-        stream = _current_stream(device)
+        out, stream = _empty(*self._like), _current_stream(device)
         if not self._scratch:
             self._launcher.launch_pair(stream, at, out.data_ptr())
             return out
@@ -267,4 +260,4 @@ def make_ready(x: Tensor, weight: PackedWeight, parameters: dict[str, Any]) -> R
         pointers[5] = 0
     shape = (*x.shape[:-1], weight.N)
     bound_launcher = launcher.bind(pointers)
-    return Ready(bound_launcher, num_scratch, device.index, shape, parameters, bound)
+    return Ready(bound_launcher, num_scratch, device.index, shape, x.dtype, parameters, bound)

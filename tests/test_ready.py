@@ -73,6 +73,12 @@ def kernels(monkeypatch):
 
     monkeypatch.setattr(launchers, "decode", decode)
     monkeypatch.setattr(cuda, "_current_stream", lambda device: 7)
+    autocast = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": autocast(device))
+    monkeypatch.setattr(cuda, "_current_device", lambda: None)  # a CPU's index
+    monkeypatch.setattr(
+        cuda, "_empty", lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype)
+    )
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     for module in (ops, linear):
         monkeypatch.setattr(module, "why_not", lambda device: "")
@@ -280,6 +286,54 @@ def test_a_tangent_is_not_dropped(kernels):
         assert torch.equal(layer(x), expected(plain, x))
     with pytest.raises(UnsupportedProblemError, match="forward-mode"):
         torch.func.jvp(plain, (x,), (x,))
+
+
+@pytest.mark.parametrize(
+    "watch",
+    [
+        lambda layer, seen: layer.register_forward_hook(lambda *a: seen.append(1)),
+        lambda layer, seen: layer.register_forward_pre_hook(lambda *a: seen.append(1)),
+        lambda layer, seen: nn.modules.module.register_module_forward_hook(
+            lambda *a: seen.append(1)
+        ),
+        lambda layer, seen: nn.modules.module.register_module_forward_pre_hook(
+            lambda *a: seen.append(1)
+        ),
+    ],
+)
+def test_hooks_are_called(kernels, watch):
+    layer, plain = make()
+    x, seen = draw(1, K), []
+    layer(x)
+    hook = watch(layer, seen)
+    for _ in range(3):
+        assert torch.equal(layer(x), expected(plain, x))
+    assert len(seen) == 3
+    hook.remove()
+    assert torch.equal(layer(x), expected(plain, x))
+    assert (len(seen), len(kernels), launches(kernels)) == (3, 1, 5)
+
+
+def test_a_replaced_forward_is_called(kernels):
+    layer, plain = make()
+    x = draw(1, K)
+    layer(x)
+    forward = layer.forward
+    layer.forward = lambda x: forward(x) + 1
+    assert torch.equal(layer(x), expected(plain, x) + 1)
+    del layer.forward
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    layer.compile(backend=counter, fullgraph=True)
+    assert torch.equal(layer(x), expected(plain, x))
+    assert counter.frame_count == 1
+
+
+def test_called_by_keyword(kernels):
+    layer, plain = make()
+    x = draw(1, K)
+    for _ in range(2):
+        assert torch.equal(layer(x=x), expected(plain, x))
 
 
 def test_what_is_kept_is_bounded(kernels):
