@@ -226,6 +226,24 @@ def test_threads_on_streams_of_their_own():
     assert wrong == []
 
 
+def test_results_are_as_of_any_operation():
+    layer = make(40, 512, QuantSpec(4, 64))
+    x = torch.randn(2, 512, device=CUDA).half()
+    for _ in range(2):
+        out = layer(x)
+        assert (out.shape, out.stride(), out.device) == ((2, 40), (40, 1), x.device)
+        assert not out.requires_grad
+        assert out.add_(1)._version == 1
+        with torch.inference_mode():
+            assert layer(x).is_inference()
+    layer(x[None])
+    assert layer(x[None]).stride() == (80, 40, 1)
+    free = torch.cuda.memory_allocated()
+    for _ in range(50):
+        layer(x)
+    assert torch.cuda.memory_allocated() == free
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 def test_layers_on_two_gpus():
     layers = [make(100, 512, QuantSpec(4, 64)).to(f"cuda:{i}") for i in range(2)]
