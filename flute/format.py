@@ -10,13 +10,16 @@ nothing of how codes are found, packed, multiplied or stored in files.
     scales       fp16 | bf16 | fp32 (N, K / group)  <layer>.scales  the same
     table        fp32 (1 | N, 2**num_bits)          <layer>.table   the same
                                                     <layer>.bias    as in the dense model
+
+In memory only, a matrix may have R tables for R ranges of rows (fused q/k/v): ``table`` is then
+(R, 2**num_bits) and ``table_ends`` says where each range ends, the last at N.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,8 +97,10 @@ class QuantizedWeight:
     Args:
         codes: uint8, shape (N, K), each below ``2**num_bits``.
         scales: fp16, bf16 or fp32, finite, shape (N, K / group length); a scale may be negative.
-        table: fp32, finite, shape (1, 2**num_bits) for the matrix or (N, 2**num_bits) per row.
+        table: fp32, finite, shape (1, 2**num_bits) for the matrix, (N, 2**num_bits) per row, or
+            (R, 2**num_bits) for R ranges of rows.
         spec: bits and group size.
+        table_ends: where each of R ranges of rows ends, ascending, the last N; else empty.
 
     Raises:
         FormatError: a dtype, shape, device or value breaks one of these rules.
@@ -105,13 +110,14 @@ class QuantizedWeight:
     scales: Tensor
     table: Tensor
     spec: QuantSpec
+    table_ends: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         codes, spec = self.codes, self.spec
         check_codes(codes, spec.num_bits)
         N, K = codes.shape
         check_scales(self.scales, N, K, spec)
-        check_table(self.table, N, spec)
+        check_table(self.table, N, spec, self.table_ends)
         devices = {t.device for t in (codes, self.scales, self.table)}
         if len(devices) > 1:
             raise FormatError(f"`codes`, `scales` and `table` are on {sorted(map(str, devices))}.")
@@ -133,6 +139,33 @@ class QuantizedWeight:
             + self.scales.numel() * self.scales.element_size()
             + self.table.numel() * 4
         )
+
+
+class PackedWeight(NamedTuple):
+    """A quantised matrix as products read it: packed codes, and what turns them into weights.
+
+    Args:
+        packed: int32, shape (N, ceil(K * num_bits / 32)), or codes in kernel order.
+        scales: shape (N, K / group length), or in kernel order as ``packed`` is.
+        table: fp32, shape (1 | N | R, 2**num_bits).
+        spec: bits and group size.
+        N: output features.
+        K: input features.
+        table_ends: where each of R ranges of rows ends; else empty.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    table: Tensor
+    spec: QuantSpec
+    N: int
+    K: int
+    table_ends: tuple[int, ...] = ()
+
+    @property
+    def has_row_tables(self) -> bool:
+        """Whether each row has a table of its own."""
+        return not self.table_ends and self.table.shape[0] > 1
 
 
 def check_codes(codes: Tensor, num_bits: int) -> None:
@@ -175,19 +208,50 @@ def check_scales(scales: Tensor, N: int, K: int, spec: QuantSpec) -> None:
         raise FormatError(f"`scales` is {scales.dtype}; expected float16, bfloat16 or float32.")
 
 
-def check_table(table: Tensor, N: int, spec: QuantSpec) -> None:
-    """Check dtype and shape of the table of a weight with N rows.
+def check_table(table: Tensor, N: int, spec: QuantSpec, table_ends: Sequence[int] = ()) -> None:
+    """Check dtype and shape of the table of a weight, and the ranges of rows that use its rows.
+
+    Args:
+        table: of any dtype and shape.
+        N: rows of the weight.
+        spec: bits and group size.
+        table_ends: where each range of rows ends; empty if there is one table, or one per row.
 
     Raises:
-        FormatError: the table has the wrong number of entries or rows.
+        FormatError: the table has the wrong number of entries or rows, or the ends do not ascend
+            to N.
     """
-    if table.ndim != 2 or table.shape[1] != spec.num_entries or table.shape[0] not in (1, N):
+    expected = f"(1, {spec.num_entries}) or ({N}, {spec.num_entries})"
+    rows: tuple[int, ...] = (1, N)
+    if table_ends:
+        starts = (0, *table_ends[:-1])
+        ascend = all(start < end for start, end in zip(starts, table_ends, strict=True))
+        if not ascend or table_ends[-1] != N:
+            raise FormatError(
+                f"`table_ends` is {tuple(table_ends)}; expected ascending rows, the last N={N}."
+            )
+        rows = (len(table_ends),)
+        expected = f"({rows[0]}, {spec.num_entries}), a row for each of `table_ends`,"
+    if table.ndim != 2 or table.shape[1] != spec.num_entries or table.shape[0] not in rows:
         raise FormatError(
-            f"`table` has shape {tuple(table.shape)}; expected (1, {spec.num_entries}) or "
-            f"({N}, {spec.num_entries}) for num_bits={spec.num_bits}, N={N}."
+            f"`table` has shape {tuple(table.shape)}; expected {expected} for "
+            f"num_bits={spec.num_bits}, N={N}."
         )
     if table.dtype != torch.float32:
         raise FormatError(f"`table` is {table.dtype}; expected torch.float32.")
+
+
+def table_per_row(table: Tensor, table_ends: Sequence[int]) -> Tensor:
+    """Return the table of each row, shape (N, 2**num_bits), of a table per range of rows.
+
+    Args:
+        table: shape (R, 2**num_bits).
+        table_ends: where each of the R ranges ends.
+    """
+    starts = (0, *table_ends[:-1])
+    counts = [end - start for start, end in zip(starts, table_ends, strict=True)]
+    parts = [row.expand(count, -1) for row, count in zip(table, counts, strict=True)]
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from flute import cuda
 from flute.config import Problem
+from flute.launchers import compile_kernels, problem_of
 from flute.linear import LutLinear
 
 
@@ -35,20 +35,12 @@ def prepare(model: nn.Module, *, dtype: torch.dtype | None = None) -> int:
     layers = [m for m in model.modules() if isinstance(m, LutLinear) and m.takes_kernels()]
     for layer in layers:
         layer.to_kernel_order()
-        problem = cuda.problem_of(
-            1,
-            layer.out_features,
-            layer.in_features,
-            layer.spec,
-            dtype or _activation_dtype(model, layer),
-            layer.scales,
-            layer.table,
-        )
+        problem = problem_of(layer.packed_weight(), 1, dtype or _activation_dtype(model, layer))
         problems.setdefault(layer.codes.device, {})[problem] = None
         layer._settled = True
     for device, wanted in problems.items():
         with _Progress() as progress:
-            cuda.compile_kernels(wanted, device, progress.report)
+            compile_kernels(wanted, device, progress.report)
     return len(layers)
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flute.format import QuantizedWeight, QuantSpec
+from flute.format import PackedWeight, QuantizedWeight, table_per_row
 from flute.pack import row_bytes, unpack_codes
 
 _CHUNK = 1 << 24
@@ -31,9 +31,9 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> T
     Returns:
         Shape (N, K), ``dtype``.
     """
-    K = weight.shape[1]
-    length = weight.spec.group_length(K)
-    return _look_up(weight.codes, weight.scales, weight.table, length, dtype)
+    length = weight.spec.group_length(weight.shape[1])
+    table = table_per_row(weight.table, weight.table_ends) if weight.table_ends else weight.table
+    return _look_up(weight.codes, weight.scales, table, length, dtype)
 
 
 def _look_up(
@@ -46,9 +46,7 @@ def _look_up(
     return (groups * scales.float().unsqueeze(-1)).flatten(1).to(dtype)
 
 
-def dequantize_packed(
-    packed: Tensor, scales: Tensor, table: Tensor, spec: QuantSpec, K: int, dtype: torch.dtype
-) -> Tensor:
+def dequantize_packed(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Return `dequantize` of codes in the stored bit order, several codes per lookup.
 
     A byte holds two 4-bit or four 2-bit codes, and 12 bits hold four 3-bit codes: one index into a
@@ -56,33 +54,42 @@ def dequantize_packed(
     per row are looked up code by code.
 
     Args:
-        packed: int32, shape (N, ceil(K * num_bits / 32)), as `flute.pack.pack_codes` returns it.
-        scales: shape (N, K / group length).
-        table: fp32, shape (1 | N, 2**num_bits).
-        spec: bits and group size.
-        K: weights per row.
+        weight: as stored: codes as `flute.pack.pack_codes` returns them.
         dtype: fp16, bf16 or fp32.
 
     Returns:
         Shape (N, K), ``dtype``.
     """
-    N = packed.shape[0]
-    out = torch.empty(N, K, dtype=dtype, device=packed.device)
+    out = torch.empty(weight.N, weight.K, dtype=dtype, device=weight.packed.device)
+    if not weight.table_ends:
+        _dequantize_rows(out, 0, weight.N, weight.table, weight)
+    start = 0
+    for table, stop in zip(weight.table, weight.table_ends, strict=False):
+        _dequantize_rows(out, start, stop, table[None], weight)
+        start = stop
+    return out
+
+
+def _dequantize_rows(
+    out: Tensor, first: int, last: int, table: Tensor, weight: PackedWeight
+) -> None:
+    """Fill the rows ``first`` to ``last``, which share ``table`` or have a row of it each."""
+    packed, scales, _, spec, _, K, _ = weight
     rows, length = max(1, _CHUNK // max(1, K)), spec.group_length(K)
-    per_row = table.shape[0] != 1
-    multi = None if per_row else _multi_table(table[0].to(dtype).float(), spec.num_bits)
-    for start in range(0, N, rows):
-        part = slice(start, min(start + rows, N))
+    multi = None
+    if table.shape[0] == 1:
+        multi = _multi_table(table[0].to(out.dtype).float(), spec.num_bits)
+    for start in range(first, last, rows):
+        part = slice(start, min(start + rows, last))
         if multi is None:
             codes = unpack_codes(packed[part], spec.num_bits, K)
-            out[part] = _look_up(codes, scales[part], table[part], length, dtype)
+            out[part] = _look_up(codes, scales[part], table[part], length, out.dtype)
             continue
         index = _multi_index(packed[part], spec.num_bits)
         values = multi.index_select(0, index.view(-1)).view(torch.float32)
         values = values.view(len(index), values.numel() // len(index))
         groups = values[:, :K].reshape(*scales[part].shape, length)
         out[part] = (groups * scales[part].float().unsqueeze(-1)).flatten(1)
-    return out
 
 
 def _multi_table(table: Tensor, num_bits: int) -> Tensor:
@@ -105,31 +112,19 @@ def _multi_index(packed: Tensor, num_bits: int) -> Tensor:
     return torch.stack((low, high), -1).flatten(1)
 
 
-def lut_gemm(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    table: Tensor,
-    bias: Tensor | None,
-    spec: QuantSpec,
-) -> Tensor:
+def lut_gemm(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """Multiply by dequantising the whole matrix to fp32 and summing in fp32; see `flute.lut_gemm`.
 
     Args:
         x: fp16, bf16 or fp32, shape (M, K).
-        packed: int32, shape (N, ceil(K * num_bits / 32)).
-        scales: shape (N, K / group length).
-        table: fp32, shape (1 | N, 2**num_bits).
+        weight: as stored.
         bias: shape (N,), or None.
-        spec: bits and group size.
 
     Returns:
         Shape (M, N), dtype of ``x``.
     """
-    K = x.shape[1]
-    table = table.to(x.dtype).float()
-    weight = dequantize_packed(packed, scales, table, spec, K, torch.float32)
-    out = x.float() @ weight.T
+    weight = weight._replace(table=weight.table.to(x.dtype).float())
+    out = x.float() @ dequantize_packed(weight, torch.float32).T
     if bias is not None:
         out += bias.float()
     return out.to(x.dtype)

@@ -1,5 +1,5 @@
 """Builders and oracles shared by the tests. Nothing here imports what it is meant to check, but for
-the types: references are written in numpy and plain Python."""
+the types and the packing: references are written in numpy and plain Python."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flute.format import QuantizedWeight, QuantSpec
+from flute.format import PackedWeight, QuantizedWeight, QuantSpec
+from flute.pack import pack_codes
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_MODEL = ROOT / "examples" / "llama-demo-7m"
@@ -35,6 +36,7 @@ def random_weight(
     spec: QuantSpec,
     *,
     per_row: bool = False,
+    table_ends: tuple[int, ...] = (),
     scale_dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> QuantizedWeight:
@@ -46,8 +48,23 @@ def random_weight(
     scales = torch.randn(N, spec.num_groups(K), generator=rng) / 8
     if scales.numel() > 3:
         scales.view(-1)[scales.numel() // 2] = 0.0
-    table = torch.randn(N if per_row else 1, spec.num_entries, generator=rng)
-    return QuantizedWeight(codes, scales.to(scale_dtype), table, spec)
+    num_tables = len(table_ends) or (N if per_row else 1)
+    table = torch.randn(num_tables, spec.num_entries, generator=rng)
+    return QuantizedWeight(codes, scales.to(scale_dtype), table, spec, table_ends)
+
+
+def packed_weight(weight: QuantizedWeight) -> PackedWeight:
+    """The weight with its codes as stored."""
+    packed = pack_codes(weight.codes, weight.spec.num_bits)
+    rest = (weight.scales, weight.table, weight.spec, *weight.shape, weight.table_ends)
+    return PackedWeight(packed, *rest)
+
+
+def row_tables(table: np.ndarray, N: int, table_ends: tuple[int, ...]) -> np.ndarray:
+    """The table of each row, (N, entries)."""
+    if not table_ends:
+        return np.broadcast_to(table, (N, table.shape[1]))
+    return np.stack([table[sum(n >= end for end in table_ends)] for n in range(N)])
 
 
 def exact_weight(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> np.ndarray:
@@ -55,7 +72,7 @@ def exact_weight(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) ->
     codes, scales = weight.codes.numpy(), weight.scales.double().numpy()
     N, K = codes.shape
     entries = weight.table.to(dtype).double().numpy()
-    table = np.broadcast_to(entries, (N, weight.spec.num_entries))
+    table = row_tables(entries, N, weight.table_ends)
     length = K if weight.spec.group_size == -1 else weight.spec.group_size
     out = np.zeros((N, K))
     for n in range(N):

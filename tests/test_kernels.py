@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_config import GPUS
 
-from flute import cuda
+from flute import device, launchers
 from flute.candidates import heuristic
 from flute.config import Gpu, Problem
 from flute.jit.compiler import KernelCompileError, Source, compile_cubin
@@ -35,7 +35,7 @@ def check_report(log: str) -> None:
 def test_kernels_compile_without_spills(gpu):
     for problem in SPREAD:
         config = heuristic(problem, gpu).config
-        for source in (cuda.decode_source(config), cuda.dequantize_source(problem)):
+        for source in (launchers.decode_source(config), launchers.dequantize_source(problem)):
             cubin = compile_cubin(source, gpu.arch)
             assert cubin.code.startswith(b"\x7fELF")
             assert source.name.split("<")[0].split("::")[1] in cubin.symbol
@@ -44,7 +44,7 @@ def test_kernels_compile_without_spills(gpu):
 
 def test_a_refused_kernel_raises_with_the_log():
     source = Source(
-        '#include "decode.cuh"\nstruct Config {};\n', "flute::decode<Config>", cuda.KERNELS
+        '#include "decode.cuh"\nstruct Config {};\n', "flute::decode<Config>", launchers.KERNELS
     )
     with pytest.raises(
         KernelCompileError, match=r"(?s)NVRTC failed for .* on sm_90a\. Log:.*error"
@@ -55,7 +55,7 @@ def test_a_refused_kernel_raises_with_the_log():
 def test_the_rules_of_the_kernel_carry_sentences():
     config = heuristic(SPREAD[0], Gpu()).config
     text = config.source().replace("num_bits = 4", "num_bits = 5")
-    source = Source(text, "flute::decode<Config>", cuda.KERNELS)
+    source = Source(text, "flute::decode<Config>", launchers.KERNELS)
     with pytest.raises(KernelCompileError):
         compile_cubin(source, Gpu().arch)
 
@@ -72,5 +72,5 @@ def test_the_rules_of_the_kernel_carry_sentences():
 def test_only_tested_gpus_run_the_kernels_unasked(capability, allowed, reason, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setenv("FLUTE_UNTESTED_GPU", allowed)
-    found = cuda.why_not.__wrapped__(torch.device("cuda", 0))
+    found = device.why_not.__wrapped__(torch.device("cuda", 0))
     assert found.endswith(reason) if reason else not found

@@ -218,6 +218,67 @@ def test_gradient_passes_through_a_stack():
     assert relative_error(x.grad, y.grad) <= 1e-5
 
 
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda m: m.requires_grad_(True),
+        lambda m: [p.requires_grad_() for p in m.parameters()],
+        lambda m: [setattr(p, "requires_grad", True) for p in m.parameters()],
+    ],
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda layer: layer,
+        copy.deepcopy,
+        lambda layer: layer.half().float(),
+        lambda layer: layer.to("meta").to_empty(device="cpu"),
+        lambda layer: torch.load(saved(layer), weights_only=False),
+        lambda layer: assigned(layer),
+        lambda layer: put_back(layer),
+        lambda layer: loaded(layer),
+    ],
+)
+def test_only_the_bias_ever_requires_a_gradient(make, ask):
+    _, layer = layer_of(QuantSpec(4, 64))
+    model = nn.Sequential(make(layer), nn.Linear(9, 2))
+    ask(model)
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert names == {"0.bias", "1.weight", "1.bias"}
+    model(torch.zeros(2, 256)).sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == names
+
+
+def saved(layer):
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    return buffer
+
+
+def assigned(layer):
+    """New parameters of the kind that a loader makes: all but the codes require a gradient."""
+    for name in ("codes", "scales", "table"):
+        value = getattr(layer, name).data.clone()
+        setattr(layer, name, nn.Parameter(value, requires_grad=value.is_floating_point()))
+    return layer
+
+
+def put_back(layer):
+    """As accelerate does."""
+    for name in ("codes", "scales", "table"):
+        value = layer._parameters[name]
+        layer._parameters[name] = type(value)(value, requires_grad=value.requires_grad)
+    return layer
+
+
+def loaded(layer):
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    other = LutLinear(256, 9, QuantSpec(4, 64), device="meta")
+    other.load_state_dict(state, assign=True)
+    return other
+
+
 def test_compiled_in_one_graph():
     _, layer = layer_of(QuantSpec(4, 64))
     torch._dynamo.reset()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -20,8 +21,10 @@ from helpers import (
 from torch import Tensor
 
 import flute
+from flute import device, ops
 from flute.errors import FormatError
 from flute.format import QuantSpec
+from flute.kernel_order import to_kernel_order
 from flute.pack import pack_codes
 from flute.reference import dequantize
 
@@ -37,11 +40,13 @@ def arguments(N, K, spec, dtype, *, M=3, bias=True, seed=0, **kwargs):
     x = torch.randn(M, K, generator=rng).to(dtype)
     b = torch.randn(N, generator=rng).to(dtype) if bias else None
     packed = pack_codes(weight.codes, spec.num_bits)
-    return weight, (x, packed, weight.scales, weight.table, b, spec.num_bits, spec.group_size)
+    args = (x, packed, weight.scales, weight.table, b, spec.num_bits, spec.group_size)
+    return weight, (*args, None, weight.table_ends) if weight.table_ends else args
 
 
-def call(x, packed, scales, table, bias, num_bits, group_size):
-    return flute.lut_gemm(x, packed, scales, table, QuantSpec(num_bits, group_size), bias)
+def call(x, packed, scales, table, bias, num_bits, group_size, out_features=None, ends=()):
+    spec = QuantSpec(num_bits, group_size)
+    return flute.lut_gemm(x, packed, scales, table, spec, bias, out_features, ends)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,6 +75,38 @@ def test_error_against_fp64_and_against_torch(num_bits, group_size, K, per_row, 
         assert relative_error(out, exact) <= TOLERANCE[dtype]
         exact = x.double().numpy() @ exact_weight(weight, dtype).T + bias.double().numpy()
         assert relative_error(out, exact) <= 1.5 * relative_error(theirs, exact) + 1e-7
+
+
+ENDS = [(9,), (1, 9), (3, 4, 9), tuple(range(1, 10))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ends", ENDS)
+@pytest.mark.parametrize("num_bits", BITS)
+def test_a_table_per_range_of_rows(num_bits, ends, dtype):
+    weight, args = arguments(9, 96, QuantSpec(num_bits, 32), dtype, M=4, table_ends=ends)
+    exact = args[0].double().numpy() @ exact_weight(weight).T + args[4].double().numpy()
+    out = call(*args)
+    assert relative_error(out, exact) <= TOLERANCE[dtype]
+    assert torch.equal(out, torch.ops.flute.lut_gemm(*args))
+    identity = call(torch.eye(96, dtype=dtype), *args[1:4], None, *args[5:])
+    assert torch.equal(identity.T, dequantize(weight, dtype))
+    for start, end, table in zip((0, *ends), ends, weight.table, strict=False):
+        part = slice(start, end)
+        alone = (args[0], args[1][part], args[2][part], table[None], args[4][part])
+        expected = call(*alone, *args[5:7])
+        assert relative_error(out[:, part], expected) <= TOLERANCE[dtype] / 10
+
+
+@pytest.mark.parametrize("ends", [(16, 20), (3, 20)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ranges_in_kernel_order_without_kernels(dtype, ends):
+    weight, args = arguments(20, 64, QuantSpec(3, 32), dtype, table_ends=ends)
+    ordered = to_kernel_order(*args[1:3], 3, 64)
+    out = call(args[0], *ordered, *args[3:7], 20, ends)
+    assert torch.equal(out, call(*args))
+    value = torch.ops.flute.dequantize(*ordered, args[3], 3, 32, 64, dtype, 20, ends)
+    assert torch.equal(value, dequantize(weight, dtype))
 
 
 @pytest.mark.parametrize("scale_dtype", DTYPES)
@@ -188,6 +225,29 @@ def test_opcheck_dequantize(num_bits, dtype):
     assert set(result.values()) == {"SUCCESS"}
     value = torch.ops.flute.dequantize(*args[1:4], num_bits, 32, 64, dtype)
     assert torch.equal(value, dequantize(weight, dtype))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck_with_ranges(requires_grad):
+    weight, args = arguments(5, 64, QuantSpec(4, 32), torch.float32, table_ends=(2, 5))
+    x = args[0].requires_grad_(requires_grad)
+    result = torch.library.opcheck(torch.ops.flute.lut_gemm.default, (x, *args[1:]))
+    assert set(result.values()) == {"SUCCESS"}
+    args = (*args[1:4], 4, 32, 64, torch.float16, None, (2, 5))
+    result = torch.library.opcheck(torch.ops.flute.dequantize.default, args)
+    assert set(result.values()) == {"SUCCESS"}
+    assert torch.equal(torch.ops.flute.dequantize(*args), dequantize(weight, torch.float16))
+
+
+def test_compiled_gradients_with_ranges():
+    weight, args = arguments(7, 64, QuantSpec(4, 32), torch.float32, table_ends=(3, 7))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: call(x, *args[1:]), fullgraph=True, backend="aot_eager")
+    exact = torch.from_numpy(exact_weight(weight)).sum(0).expand(3, 64)
+    for function in (compiled, lambda x: call(x, *args[1:])):
+        x = args[0].clone().requires_grad_()
+        function(x).sum().backward()
+        assert relative_error(x.grad, exact) <= 1e-6
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -330,7 +390,8 @@ def test_no_gradient_no_graph():
 
 def change(args: tuple, **changes: object) -> tuple:
     names = ("x", "packed", "scales", "table", "bias", "num_bits", "group_size")
-    return tuple(changes.get(name, value) for name, value in zip(names, args, strict=True))
+    changed = [changes.get(name, value) for name, value in zip(names, args, strict=True)]
+    return (*changed, None, changes["ends"]) if "ends" in changes else tuple(changed)
 
 
 MESSAGES = [
@@ -348,6 +409,14 @@ MESSAGES = [
     ({"table": torch.ones(1, 8)}, "`table` has shape (1, 8); expected (1, 16) or (7, 16)"),
     ({"table": torch.ones(16)}, "`table` has shape (16,); expected (1, 16) or (7, 16)"),
     ({"table": torch.ones(1, 16).half()}, "`table` is torch.float16; expected torch.float32."),
+    (
+        {"ends": (3, 7)},
+        "`table` has shape (1, 16); expected (2, 16), a row for each of `table_ends`",
+    ),
+    ({"table": torch.ones(2, 16)}, "`table` has shape (2, 16); expected (1, 16) or (7, 16)"),
+    ({"ends": (3, 8)}, "`table_ends` is (3, 8); expected ascending rows, the last N=7."),
+    ({"ends": (3, 3, 7)}, "`table_ends` is (3, 3, 7); expected ascending rows, the last N=7."),
+    ({"ends": (0, 7)}, "`table_ends` is (0, 7); expected ascending rows, the last N=7."),
     ({"bias": torch.ones(8)}, "`bias` has shape (8,); expected (N,) = (7,)."),
     ({"bias": torch.ones(1, 7)}, "`bias` has shape (1, 7); expected (N,) = (7,)."),
     ({"bias": torch.ones(7, dtype=torch.int64)}, "`bias` is torch.int64; expected a floating"),
@@ -362,6 +431,7 @@ MESSAGES = [
 @pytest.mark.parametrize(("changes", "message"), MESSAGES)
 def test_messages(changes, message):
     _, args = arguments(7, 64, QuantSpec(4, 32), torch.float32)
+    call(*args)  # what was found right must not be taken for what is asked now
     args = change(args, **changes)
     with pytest.raises(FormatError, match=re.escape(message)):
         call(*args)
@@ -399,6 +469,33 @@ def test_meta_tensors_give_shapes():
     meta = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in args)
     out = call(*meta)
     assert (out.shape, out.dtype, out.device.type) == ((3, 7), torch.float16, "meta")
+
+
+def test_a_weight_that_is_not_ready_is_told_once(monkeypatch):
+    monkeypatch.setattr(ops, "why_not", lambda device: "")
+    device.warn_unprepared.cache_clear()
+    _, args = arguments(7, 64, QuantSpec(4, 32), torch.float16)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: call(x, *args[1:]), fullgraph=True, backend="aot_eager")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        call(args[0].float(), *args[1:])  # takes no kernel
+        assert not seen
+        compiled(args[0])
+        compiled(args[0])
+        call(*args)
+    texts = [str(w.message) for w in seen if "flute.prepare" in str(w.message)]
+    assert len(texts) == 1
+    assert texts[0].startswith("A product on cpu takes the slow path (PyTorch, in float32)")
+    device.warn_unprepared.cache_clear()
+
+
+def test_what_was_checked_is_bounded(monkeypatch):
+    monkeypatch.setattr(ops, "_MAX_CHECKED", 4)
+    for N in range(1, 20):
+        _, args = arguments(N, 32, QuantSpec(4, 32), torch.float32)
+        assert call(*args).shape == (3, N)
+        assert len(ops._checked) <= 4 or N < 4
 
 
 RELOAD = """

@@ -5,10 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import DTYPES, TOLERANCE, exact_weight, generator, random_weight, relative_error
+from helpers import (
+    DTYPES,
+    TOLERANCE,
+    exact_weight,
+    generator,
+    packed_weight,
+    random_weight,
+    relative_error,
+    row_tables,
+)
 
 from flute import reference
-from flute.format import QuantizedWeight, QuantSpec
+from flute.format import PackedWeight, QuantizedWeight, QuantSpec
 from flute.pack import pack_codes
 
 BITS = (2, 3, 4)
@@ -20,7 +29,7 @@ def rounded(weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
     """Table to ``dtype``, product in fp32, to ``dtype``: one weight at a time."""
     N, K = weight.shape
     length = K if weight.spec.group_size == -1 else weight.spec.group_size
-    table = weight.table.to(dtype).float().expand(N, -1).numpy()
+    table = row_tables(weight.table.to(dtype).float().numpy(), N, weight.table_ends)
     scales, codes = weight.scales.float().numpy(), weight.codes.numpy()
     out = np.empty((N, K), dtype=np.float32)
     for n in range(N):
@@ -36,14 +45,34 @@ def rounded(weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
 def test_dequantize_is_table_times_scale(num_bits, group_size, K, per_row, dtype):
     weight = random_weight(3, K, QuantSpec(num_bits, group_size), per_row=per_row)
     expected = rounded(weight, dtype)
-    packed = pack_codes(weight.codes, num_bits)
     for value in (
         reference.dequantize(weight, dtype),
-        reference.dequantize_packed(packed, weight.scales, weight.table, weight.spec, K, dtype),
+        reference.dequantize_packed(packed_weight(weight), dtype),
     ):
         assert value.dtype == dtype
         assert torch.equal(value, expected)
         assert relative_error(value, exact_weight(weight)) <= TOLERANCE[dtype]
+
+
+ENDS = [(7,), (1, 7), (3, 4, 7), (1, 2, 3, 4, 5, 6, 7)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ends", ENDS)
+@pytest.mark.parametrize("num_bits", BITS)
+@pytest.mark.parametrize("chunk", [1, 200, 1 << 24])
+def test_a_table_per_range_of_rows(monkeypatch, chunk, num_bits, ends, dtype):
+    monkeypatch.setattr(reference, "_CHUNK", chunk)
+    weight = random_weight(7, 96, QuantSpec(num_bits, 32), table_ends=ends)
+    for value in (
+        reference.dequantize(weight, dtype),
+        reference.dequantize_packed(packed_weight(weight), dtype),
+    ):
+        assert torch.equal(value, rounded(weight, dtype))
+    x = torch.randn(3, 96, generator=generator(3)).to(dtype)
+    out = reference.lut_gemm(x, packed_weight(weight), None)
+    exact = x.double().numpy() @ exact_weight(weight, dtype).T
+    assert relative_error(out, exact) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("scale_dtype", DTYPES)
@@ -64,11 +93,8 @@ def test_dequantize_is_fp32_by_default():
 @pytest.mark.parametrize("chunk", [1, 96, 200, 96 * 7])
 def test_chunks_make_no_difference(monkeypatch, chunk, num_bits, per_row):
     weight = random_weight(7, 96, QuantSpec(num_bits, 32), per_row=per_row)
-    packed = pack_codes(weight.codes, num_bits)
     monkeypatch.setattr(reference, "_CHUNK", chunk)
-    value = reference.dequantize_packed(
-        packed, weight.scales, weight.table, weight.spec, 96, torch.float32
-    )
+    value = reference.dequantize_packed(packed_weight(weight), torch.float32)
     assert torch.equal(value, rounded(weight, torch.float32))
 
 
@@ -79,17 +105,12 @@ def test_chunks_make_no_difference(monkeypatch, chunk, num_bits, per_row):
 )
 def test_empty_weights(N, K, group_size, per_row, num_bits):
     weight = random_weight(N, K, QuantSpec(num_bits, group_size), per_row=per_row)
-    packed = pack_codes(weight.codes, num_bits)
     assert reference.dequantize(weight).shape == (N, K)
-    value = reference.dequantize_packed(
-        packed, weight.scales, weight.table, weight.spec, K, torch.float16
-    )
+    value = reference.dequantize_packed(packed_weight(weight), torch.float16)
     assert value.shape == (N, K)
     assert value.dtype == torch.float16
     bias = torch.arange(float(N))
-    out = reference.lut_gemm(
-        torch.zeros(2, K), packed, weight.scales, weight.table, bias, weight.spec
-    )
+    out = reference.lut_gemm(torch.zeros(2, K), packed_weight(weight), bias)
     assert torch.equal(out, bias.expand(2, N))
 
 
@@ -99,10 +120,8 @@ def test_odd_strides_change_nothing(per_row):
     weight = random_weight(6, 64, spec, per_row=per_row)
     packed = pack_codes(weight.codes, 3)
     strided = [t.T.contiguous().T for t in (packed, weight.scales, weight.table)]
-    assert torch.equal(
-        reference.dequantize_packed(*strided, spec, 64, torch.float32),
-        rounded(weight, torch.float32),
-    )
+    value = reference.dequantize_packed(PackedWeight(*strided, spec, 6, 64), torch.float32)
+    assert torch.equal(value, rounded(weight, torch.float32))
     strided_weight = QuantizedWeight(weight.codes.T.contiguous().T, *strided[1:], spec)
     assert torch.equal(reference.dequantize(strided_weight), rounded(weight, torch.float32))
 
@@ -115,9 +134,7 @@ def test_unusual_table_values_survive_the_wide_lookup(num_bits):
     spec = QuantSpec(num_bits, -1)
     codes = torch.arange(24).view(2, 12).remainder(2**num_bits).to(torch.uint8)
     weight = QuantizedWeight(codes, torch.ones(2, 1), table, spec)
-    value = reference.dequantize_packed(
-        pack_codes(codes, num_bits), weight.scales, table, spec, 12, torch.float32
-    )
+    value = reference.dequantize_packed(packed_weight(weight), torch.float32)
     assert torch.equal(value.view(torch.int32), table[0][codes.long()].view(torch.int32))
 
 
@@ -128,8 +145,7 @@ def test_lut_gemm_is_the_sum_in_fp64(M, dtype):
     weight = random_weight(33, 256, spec)
     x = torch.randn(M, 256, generator=generator(M)).to(dtype)
     bias = torch.randn(33, generator=generator(1)).to(dtype)
-    packed = pack_codes(weight.codes, 3)
-    out = reference.lut_gemm(x, packed, weight.scales, weight.table, bias, spec)
+    out = reference.lut_gemm(x, packed_weight(weight), bias)
     exact = x.double().numpy() @ exact_weight(weight).T + bias.double().numpy()
     assert out.shape == (M, 33)
     assert out.dtype == dtype

@@ -20,13 +20,14 @@ PACKAGE = ROOT / "flute"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("errors", "version"),
-    ("format",),
+    ("constant", "format"),
     ("tables", "pack", "jit"),
     ("kernel_order", "reference"),
     ("config",),
-    ("candidates",),
+    ("candidates", "device", "batch"),
     ("tuning",),
-    ("methods", "cuda", "timing", "model_shapes"),
+    ("methods", "launchers", "timing", "model_shapes"),
+    ("concat", "cuda"),
     ("ops", "operands"),
     ("linear", "tune"),
     ("model", "checkpoint"),

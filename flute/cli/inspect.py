@@ -8,7 +8,7 @@ from typing import Any
 from flute.checkpoint import CheckpointReader
 from flute.console import add_json, megabytes, print_json, print_table
 from flute.errors import FormatError
-from flute.format import TENSOR_NAMES, WHOLE_ROW, CheckpointConfig, QuantSpec
+from flute.format import TENSOR_NAMES, WHOLE_ROW, CheckpointConfig, PackedWeight, QuantSpec
 
 _EPILOG = """\
 bits/weight counts codes, scales and table. The error is ||dense - quantised||^2 / ||dense||^2, and
@@ -123,8 +123,8 @@ def _error(
     if name not in dense.names:
         raise FormatError(f"`{dense.directory}` has no `{name}`: it is another model.")
     codes, scales, table = (reader.tensor(f"{layer}.{part}") for part in TENSOR_NAMES)
-    weight = dequantize_packed(codes, scales, table, spec, K, torch.float32)
-    return relative_error(dense.tensor(name), weight)
+    packed = PackedWeight(codes, scales, table, spec, codes.shape[0], K)
+    return relative_error(dense.tensor(name), dequantize_packed(packed, torch.float32))
 
 
 def _row(layer: dict[str, Any]) -> list[str]:

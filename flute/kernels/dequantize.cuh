@@ -25,11 +25,13 @@ constexpr int kDequantizeWarps = 8;
 struct DequantizeParams {
   const void* packed;  // (tiles, num_chunks, chunk bytes)
   const void* scales;  // as in DecodeParams
-  const void* table;   // (1 or N, 2**NUM_BITS) fp32
+  const void* table;   // (num_ranges or N, 2**NUM_BITS) fp32
   void* out;           // (rows of the launch, K): row 0 is row 16 * first_tile of the weight
   int shape_n, shape_k;
   int num_chunks;
   int first_tile;
+  int num_ranges;    // tables in use, at most 8: tiles [range_end[i-1], range_end[i]) use table i
+  int range_end[8];  // in tiles; from the last table on, all of them
 };
 
 // Code `e` of pair `i` = half * 2 + h of step `st`, from a lane's words of a chunk.
@@ -63,8 +65,13 @@ __global__ void __launch_bounds__(kDequantizeWarps * 32)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, q = lane & 3;
   const int tile = p.first_tile + blockIdx.x;
   const float* tables = static_cast<const float*>(p.table);
+  int range = 0;
+  if constexpr (!Config::row_tables) {
+#pragma unroll
+    for (int i = 0; i < 7; i++) range += i + 1 < p.num_ranges && tile >= p.range_end[i];
+  }
   for (int i = threadIdx.x; i < (Config::row_tables ? 16 : 1) * kEntries; i += blockDim.x) {
-    const int row = Config::row_tables ? min(tile * 16 + i / kEntries, p.shape_n - 1) : 0;
+    const int row = Config::row_tables ? min(tile * 16 + i / kEntries, p.shape_n - 1) : range;
     const float entry = ptx::ld_global_nc_f32(tables + row * kEntries + i % kEntries);
     entries[i] = Act::to_float(Act::from_float(entry));
   }

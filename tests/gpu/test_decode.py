@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,10 +13,11 @@ import torch
 from helpers import DEMO_MODEL, TOLERANCE, random_weight, relative_error
 
 import flute
-from flute import cuda
+from flute import cuda, launchers
 from flute.candidates import heuristic
+from flute.device import gpu_of
 from flute.errors import UnsupportedProblemError
-from flute.format import QuantSpec
+from flute.format import PackedWeight, QuantizedWeight, QuantSpec, table_per_row
 from flute.jit.cache import load_or_compile
 from flute.stream import quantize_checkpoint
 
@@ -39,43 +41,54 @@ def random_case(rng):
     K = rng.choice([k for k in KS if group == -1 or k % group == 0])
     spec, dtype = QuantSpec(rng.choice([2, 3, 4]), group), rng.choice(list(TOLERANCE)[:2])
     scale_dtype = rng.choice([dtype, dtype, torch.float32])
-    flags = (rng.random() < 0.25, rng.random() < 0.3)
-    sizes = (rng.choice(MS), rng.choice(NS), K)
-    return spec, dtype, scale_dtype, *flags, rng.randrange(1 << 30), *sizes
+    M, N, with_bias = rng.choice(MS), rng.choice(NS), rng.random() < 0.3
+    tables = rng.choice(["one", "one", "row", "ranges"])
+    if tables == "ranges":
+        whole = range(16, N, 16)
+        tables = (*sorted(rng.sample(whole, min(len(whole), rng.randrange(8)))), N)
+    return spec, dtype, scale_dtype, tables, with_bias, rng.randrange(1 << 30), M, N, K
+
+
+def tables_of(tables):
+    """What `random_weight` takes for the tables of a case."""
+    return {"table_ends": tables} if isinstance(tables, tuple) else {"per_row": tables == "row"}
 
 
 def compile_for(cases):
     """Fill the cache of compiled kernels, in parallel."""
-    gpu, sources = cuda.gpu_of(torch.device("cuda", 0)), {}
-    for spec, dtype, scale_dtype, per_row, _, _, M, N, K in cases:
-        scales = torch.empty(0, dtype=scale_dtype)
-        table = torch.empty(2 if per_row else 1, 0)
-        problem = cuda.problem_of(M, N, K, spec, dtype, scales, table)
-        sources[cuda.dequantize_source(problem)] = None
+    gpu, sources = gpu_of(torch.device("cuda", 0)), {}
+    for spec, dtype, scale_dtype, tables, _, _, M, N, K in cases:
+        scales, table = torch.empty(0, dtype=scale_dtype), torch.empty(1 + (tables == "row"), 0)
+        weight = PackedWeight(scales, scales, table, spec, N, K)
+        problem = launchers.problem_of(weight, M, dtype)
+        sources[launchers.dequantize_source(problem)] = None
         for m in {min(M, 16), (M - 16)} if M <= 32 else ():
             if m > 0:
                 plan = heuristic(problem._replace(m=m), gpu)
-                sources[cuda.decode_source(plan.config)] = None
+                sources[launchers.decode_source(plan.config)] = None
     with ThreadPoolExecutor(14) as pool:
         list(pool.map(lambda source: load_or_compile(source, gpu.arch), sources))
     return len(sources)
 
 
-def check(spec, dtype, scale_dtype, per_row, with_bias, seed, M, N, K):
+def check(spec, dtype, scale_dtype, tables, with_bias, seed, M, N, K):
     """The oracles on one problem; returns what broke."""
     bias = torch.randn(N).to(dtype) if with_bias else None
-    layer = make(N, K, spec, bias=bias, per_row=per_row, scale_dtype=scale_dtype, seed=seed)
+    kind = tables_of(tables)
+    layer = make(N, K, spec, bias=bias, scale_dtype=scale_dtype, seed=seed, **kind)
     dense = layer.dequantize(dtype)
-    if not torch.equal(cuda.dequantize(*weight_of(layer), layer.spec, N, K, dtype), dense):
+    if not torch.equal(cuda.dequantize(layer.packed_weight(), dtype), dense):
         return "dequantise"
     x = torch.randn(M, K, device=CUDA).to(dtype)
     out = layer(x)
     if not torch.equal(out, layer(x)):
         return "repetition"
     rounded = layer.table.to(dtype).double()
+    if layer.table_ends:
+        rounded = table_per_row(rounded, layer.table_ends)
     values = rounded.expand(N, -1).gather(1, layer.quantized_weight().codes.long())
     groups = spec.num_groups(K)
-    scales = layer._plain()[1].double()
+    scales = layer._plain().scales.double()
     exact = x.double() @ (values.view(N, groups, -1) * scales[..., None]).flatten(1).T
     theirs = torch.nn.functional.linear(x, dense, layer.bias)
     if bias is not None:
@@ -89,10 +102,6 @@ def check(spec, dtype, scale_dtype, per_row, with_bias, seed, M, N, K):
         if not torch.equal(layer(eye), dense[:, picked].T):
             return "identity"
     return ""
-
-
-def weight_of(layer):
-    return layer.codes.data, layer.scales.data, layer.table.data
 
 
 def test_random_problems_by_the_three_oracles():
@@ -130,6 +139,119 @@ def test_repeated_on_two_streams_at_once(M):
             outs.append(layer(x))
     torch.cuda.synchronize()
     assert all(torch.equal(out, expected) for out in outs)
+
+
+ENDS = [
+    (16, 33),
+    (16, 32, 48),
+    (16, 48, 64, 500),
+    (1024, 1280, 1536),
+    tuple(range(16, 129, 16)),
+    (16, 32, 48, 64, 80, 96, 112, 1000),
+]
+
+
+@pytest.mark.parametrize("ends", ENDS)
+@pytest.mark.parametrize(("num_bits", "M"), [(4, 1), (3, 5), (2, 16), (4, 33), (2, 1), (3, 100)])
+def test_a_table_per_range_of_rows(num_bits, M, ends):
+    """Each range is that of a layer of the same size with its table alone, bit for bit."""
+    N, spec = ends[-1], QuantSpec(num_bits, 64)
+    weight = random_weight(N, 1024, spec, table_ends=ends, scale_dtype=torch.float16)
+    layer = flute.LutLinear.from_quantized(weight).to(CUDA)
+    layer.to_kernel_order()
+    x = torch.randn(M, 1024, device=CUDA).half()
+    out = layer(x)
+    dense = cuda.dequantize(layer.packed_weight(), torch.float16)
+    assert torch.equal(dense.cpu(), flute.dequantize(weight, torch.float16))
+    start = 0
+    for table, end in zip(weight.table, ends, strict=True):
+        alone = QuantizedWeight(weight.codes, weight.scales, table[None], spec)
+        single = flute.LutLinear.from_quantized(alone).to(CUDA)
+        assert torch.equal(out[:, start:end], single(x)[:, start:end])
+        start = end
+    assert torch.equal(layer(x), out)
+
+
+@pytest.mark.parametrize("M", [1, 7, 16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_three_layers_in_one(M, bias):
+    spec = QuantSpec(4, 128)
+    layers = []
+    for i, N in enumerate((64, 16, 21)):
+        weight = random_weight(N, 512, spec, seed=i, scale_dtype=torch.float16)
+        b = torch.randn(N).half() if bias else None
+        layers.append(flute.LutLinear.from_quantized(weight, b).to(CUDA))
+    fused = flute.LutLinear.concat(layers)
+    assert fused.table_ends == (64, 80, 101)
+    x = torch.randn(M, 512, device=CUDA).half()
+    assert torch.equal(fused(x), torch.cat([layer(x) for layer in layers], -1))
+    assert fused.kernel_order
+    compiled = torch.compile(fused, fullgraph=True, mode="reduce-overhead")
+    for _ in range(3):
+        assert torch.equal(compiled(x).clone(), fused(x))
+
+
+def test_ranges_that_kernels_do_not_take_get_a_table_per_row():
+    weight = random_weight(40, 256, QuantSpec(4, 64), table_ends=(3, 40), scale_dtype=torch.float16)
+    layer = flute.LutLinear.from_quantized(weight).to(CUDA)
+    x = torch.randn(2, 256, device=CUDA).half()
+    assert flute.prepare(layer, dtype=torch.float16) == 1
+    exact = x.double() @ flute.dequantize(weight, torch.float16).to(CUDA).double().T
+    assert relative_error(layer(x), exact) <= TOLERANCE[torch.float16]
+
+
+def test_threads_on_streams_of_their_own():
+    """The layer is the first that these threads do on the GPU; each has its own x."""
+    layer = make(1000, 4096, QuantSpec(4, 128), scale_dtype=torch.float16)
+    xs = [torch.randn(1 + i % 2, 4096, device=CUDA).half() for i in range(4)]
+    expected = [layer(x) for x in xs]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in xs]
+    wrong, barrier = [], threading.Barrier(len(xs))
+
+    def work(i):
+        barrier.wait()
+        first = layer(xs[i])  # on the default stream, with no context yet
+        with torch.cuda.stream(streams[i]):
+            outs = [layer(xs[i]) for _ in range(200)]
+        streams[i].synchronize()
+        torch.cuda.synchronize()
+        wrong.extend(i for out in (first, *outs) if not torch.equal(out, expected[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(xs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_results_are_as_of_any_operation():
+    layer = make(40, 512, QuantSpec(4, 64))
+    x = torch.randn(2, 512, device=CUDA).half()
+    for _ in range(2):
+        out = layer(x)
+        assert (out.shape, out.stride(), out.device) == ((2, 40), (40, 1), x.device)
+        assert not out.requires_grad
+        assert out.add_(1)._version == 1
+        with torch.inference_mode():
+            assert layer(x).is_inference()
+    layer(x[None])
+    assert layer(x[None]).stride() == (80, 40, 1)
+    free = torch.cuda.memory_allocated()
+    for _ in range(50):
+        layer(x)
+    assert torch.cuda.memory_allocated() == free
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_layers_on_two_gpus():
+    layers = [make(100, 512, QuantSpec(4, 64)).to(f"cuda:{i}") for i in range(2)]
+    x = torch.randn(3, 512, device=CUDA).half()
+    outs = [layer(x.to(layer.codes.device)) for layer in layers for _ in range(3)]
+    assert all(torch.equal(out.to(CUDA), outs[0]) for out in outs)
+    with pytest.raises(flute.FormatError, match="is on cuda:1; expected cuda:0"):
+        layers[1](x)
 
 
 def test_odd_arguments():
@@ -194,8 +316,8 @@ def test_reduce_overhead():
 
 def test_capture_before_compiling_names_prepare():
     layer = make(48, 1312, QuantSpec(2, 32), scale_dtype=torch.float32, per_row=True)
-    cuda._launchers.clear()
-    cuda._functions.clear()
+    launchers._launchers.clear()
+    launchers._functions.clear()
     x = torch.randn(1, 1312, device=CUDA).half()
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(UnsupportedProblemError, match=r"flute\.prepare"), torch.cuda.graph(graph):
@@ -248,7 +370,8 @@ def test_prepared_model_saved_and_moved(tmp_path):
 def test_doctor_names_the_paths():
     from flute.ops import path_of
 
-    assert "M <= 32: decode kernels for sm_" in path_of(torch.device("cuda", 0), torch.float16)
+    path = path_of(torch.device("cuda", 0), torch.float16)
+    assert f"M <= {cuda.MAX_DECODE_M}: decode kernels for sm_" in path
     assert "slow; no kernels: kernels take 16-bit" in path_of(
         torch.device("cuda", 0), torch.float32
     )
@@ -268,10 +391,10 @@ def test_host_time_is_printed():
             host = (time.perf_counter() - start) / 500 * 1e6
             torch.cuda.synchronize()
         print(f"host time per call: layer {host:.1f} us (grad mode {grad})")  # noqa: T201
-    N, parts = 1024, weight_of(layer)
+    N, parts = 1024, layer.packed_weight()
     for name, call in {
-        "cuda.multiply": lambda: cuda.multiply(x, *parts, None, layer.spec, N),
-        "the op": lambda: torch.ops.flute.lut_gemm(x, *parts, None, 4, 128, N),
+        "cuda.multiply": lambda: cuda.multiply(x, parts, None),
+        "the op": lambda: torch.ops.flute.lut_gemm(x, *parts[:3], None, 4, 128, N),
         "torch.empty": lambda: x.new_empty(1, N),
     }.items():
         torch.cuda.synchronize()
