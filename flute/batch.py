@@ -1,23 +1,21 @@
-"""Describe one batch kernel (flute/kernels/batch.cuh) and say which problems it can serve.
+"""Describe the batch kernels (flute/kernels/batch.cuh), say what they can serve, choose one.
 
-Owns the kernel's compile-time constants and the one statement of its constraints (`supports`).
-Knows nothing of torch, compilation or launching.
+Owns their compile-time constants, the one statement of their constraints (`supports`) and a model
+of their cost, which orders the candidates. Knows nothing of torch, compilation or launching.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 
-from flute.config import (
-    CHUNK_BYTES,
-    DTYPE_BYTES,
-    DTYPE_IDX,
-    Gpu,
-)
+from flute.config import CHUNK_BYTES, DTYPE_BYTES, DTYPE_IDX, Gpu, Problem
 from flute.kernel_order import CHUNK_K, TILE_N, padded_k
 
 BLOCK_N = 64
 """Rows of a wgmma: 4 tiles."""
+TOKENS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Sizes of a token tile that are compiled."""
 _TABLE_BYTES = {2: 65536, 3: 16384, 4: 65536}
 _WGMMA_TYPES = {"float16": "f16", "bfloat16": "bf16"}
 
@@ -33,13 +31,13 @@ class BatchConfig:
     row_tables: bool = False
     tokens: int = 16  # of a token tile: n of wgmma
     warpgroups: int = 4  # consumers; each takes 64 rows
-    panel: int = 4  # chunks of 64 k per stage
+    panel: int = 4  # chunks of 64 k per stage of weights
     batch: int = 2  # steps of 16 k that are multiplied at once
     buffers: int = 4  # batches whose fragments are in registers
     sum_buffers: int = 2  # with scale_sums: groups whose sums are in registers
     x_panel: int = 4  # chunks of x per stage
-    stages: int = 2  # panels of weights in flight, per warp
-    x_stages: int = 2  # stages of x in flight
+    stages: int = 3  # panels of weights in flight, per warp
+    x_stages: int = 3  # stages of x in flight
     cluster: int = 1  # blocks that split K
     scale_sums: bool = True  # scales multiply sums, in fp32; else weights, which are rounded
 
@@ -84,7 +82,7 @@ class BatchConfig:
         warps = 4 * self.warpgroups
         x = self.x_stages * self.x_panel * self.tokens * 128
         table = warps * (128 << self.num_bits) if self.row_tables else _TABLE_BYTES[self.num_bits]
-        slab = self.tokens if self.cluster > 1 or self.tokens < 32 else 32
+        slab = 32 if self.tokens % 32 == 0 else min(self.tokens, 16 if self.tokens > 32 else 24)
         partials = self.warpgroups * slab * (BLOCK_N + 4) * 4
         barriers = warps * self.stages + 2 * self.x_stages + 2 * self.warpgroups
         return x + table + warps * self.stages * self.slot_bytes + partials + 8 * barriers
@@ -95,26 +93,152 @@ class BatchConfig:
         return (self.warpgroups + 1) * 128
 
 
-def supports(config: BatchConfig, n: int, k: int, gpu: Gpu) -> str:
-    """Return "" if a kernel can serve a problem on a GPU, else the rule it breaks.
+@dataclass(frozen=True)
+class BatchPlan:
+    """A batch kernel; how it is launched follows from the problem and the GPU."""
 
-    The only such statement; any number of tokens will do.
+    config: BatchConfig
+
+
+def supports(plan: BatchPlan, m: int, n: int, k: int, gpu: Gpu) -> str:
+    """Return "" if a plan can serve a problem on a GPU, else the rule it breaks.
+
+    The only such statement.
 
     Args:
-        config: the kernel.
+        plan: a kernel.
+        m: tokens, any number.
         n: output features.
         k: input features.
         gpu: where it will run.
     """
-    c = config
+    c = plan.config
     if gpu.arch != "sm_90a":
         return f"wgmma needs sm_90a, not {gpu.arch}"
+    if m < 1:
+        return "no tokens"
+    if c.tokens not in TOKENS:
+        return f"tokens={c.tokens} must be one of {TOKENS}"
     if k % 32 or (c.group_size and k % c.group_size):
         return f"K={k} must be a multiple of 32 and of group_size={c.group_size}"
     if c.group_size >= k:
         return f"group_size={c.group_size} is the whole row of K={k}: use kernel_group_size()"
     if padded_k(k) // CHUNK_K // c.panel < c.cluster:
         return f"K={k} has fewer panels of {c.panel * CHUNK_K} than cluster={c.cluster} blocks"
+    if c.stages < 2 or c.x_stages < 2:
+        return "a stage is filled while another is used"
     if c.smem_bytes > gpu.smem_bytes:
         return f"{c.smem_bytes} bytes of shared memory exceed {gpu.smem_bytes}"
     return ""
+
+
+def num_clusters(config: BatchConfig, m: int, n: int, num_sms: int) -> int:
+    """Return how many clusters to launch.
+
+    Args:
+        config: the kernel.
+        m: tokens.
+        n: output features.
+        num_sms: multiprocessors.
+    """
+    units = -(-n // BLOCK_N) * -(-m // config.tokens)
+    return max(1, min(units, _most_clusters(config.cluster, num_sms)))
+
+
+def _most_clusters(cluster: int, num_sms: int) -> int:
+    """Clusters that run at once.
+
+    Why fewer than num_sms / cluster: a cluster lies in one GPC, whose 16 or 18 multiprocessors
+    4 does not divide. Measured on an H200: 66, 30, 15. One too many would run alone at the end.
+    """
+    share = {1: 1.0, 2: 1.0, 4: 120 / 132, 8: 120 / 132}.get(cluster, 0.75)
+    return int(num_sms * share) // cluster
+
+
+# Model of a kernel's time (H200, 4 bits, fp16, group 128, 2026-11-22): microseconds that 1,000 k of
+# 64 rows take with all warpgroups busy, by tokens; and what 1, 2, ... busy ones take of that.
+_UNIT_US = {8: 1.22, 16: 1.27, 24: 1.4, 32: 1.52, 48: 1.78, 64: 1.99} | {
+    96: 2.6,
+    128: 3.04,
+    192: 4.8,
+    256: 5.75,
+}
+_BUSY = {4: (2.15, 2.64, 3.6, 4.0), 3: (1.6, 2.4, 3.3), 2: (1.3, 2.0)}
+_BUSY_WIDE = (1.5, 2.3, 3.2, 4.0)  # from 96 tokens on
+_CLUSTER_US = {1: 0.0, 2: 0.3, 4: 0.8, 8: 3.0}
+
+
+def predicted_us(plan: BatchPlan, m: int, n: int, k: int, gpu: Gpu) -> float:
+    """Return roughly how long a plan takes, to order candidates by.
+
+    Args:
+        plan: a kernel.
+        m: tokens.
+        n: output features.
+        k: input features.
+        gpu: where it runs.
+    """
+    c = plan.config
+    tiles, blocks = -(-m // c.tokens), -(-n // BLOCK_N)
+    units = -(-blocks * tiles // _most_clusters(c.cluster, gpu.num_sms))
+    busy = _BUSY_WIDE if c.tokens >= 96 and c.warpgroups == 4 else _BUSY[c.warpgroups]
+    full, rest = divmod(units, -(-units // c.warpgroups))
+    passes = -(-units // c.warpgroups)
+    share = rest * busy[full] if rest else 0.0
+    share += (passes - rest) * busy[full - 1]
+    return 4 + _CLUSTER_US[c.cluster] * passes + share * k / c.cluster / 1000 * _UNIT_US[c.tokens]
+
+
+def candidates(problem: Problem, gpu: Gpu) -> list[BatchPlan]:
+    """Return the plans worth timing for a problem, the likeliest first; all satisfy `supports`.
+
+    Args:
+        problem: of any number of tokens.
+        gpu: where it will run.
+    """
+    m, n, k = problem[-3:]
+    plans = dict.fromkeys(
+        plan for plan in _plans(problem, gpu) if not supports(plan, m, n, k, gpu)
+    )
+    return sorted(plans, key=lambda plan: predicted_us(plan, m, n, k, gpu))  # stable
+
+
+def _plans(problem: Problem, gpu: Gpu) -> Iterator[BatchPlan]:
+    num_bits, group_size, dtype, scale_dtype, row_tables, m, _, _ = problem
+    base = BatchConfig(num_bits, group_size, dtype, scale_dtype, row_tables)
+    short = 0 < group_size < 64
+    if short:  # half as many scales are in registers
+        base = replace(base, panel=2, x_panel=2)
+    if group_size == 0:
+        base = replace(base, sum_buffers=1)
+    for cluster in (1, 2, 4, 8):
+        for tokens in _token_tiles(m):
+            shape = replace(base, tokens=tokens, cluster=cluster, scale_sums=tokens <= 32)
+            if tokens > 128:
+                shapes = [replace(shape, warpgroups=2, x_panel=1)]
+            elif tokens > 64:
+                # Why: with 4 warpgroups, 128 tokens leave no registers for a cluster's sums.
+                warpgroups = 3 if tokens == 128 and (cluster > 1 or short) else 4
+                shapes = [replace(shape, warpgroups=warpgroups, buffers=2, x_panel=1)]
+            elif tokens > 32:
+                shapes = [replace(shape, x_panel=2)]
+            elif short:
+                shapes = [shape]
+            else:
+                shapes = [shape, replace(shape, batch=4, buffers=2, sum_buffers=1)]
+            for fitted in shapes:
+                for stages in (3, 2):  # as many as fit
+                    plan = BatchPlan(replace(fitted, stages=stages))
+                    if plan.config.smem_bytes <= gpu.smem_bytes:
+                        yield plan
+                        break
+
+
+def _token_tiles(m: int) -> tuple[int, ...]:
+    """Sizes of a token tile worth a try."""
+    least = next((t for t in TOKENS if t >= m), 256)
+    if m <= 64:
+        return (least,)
+    if m <= 128:
+        return (least, 64)
+    return (least, *(t for t in (256, 192, 128) if t != least))

@@ -1,12 +1,10 @@
 """The GPU path: products and dense weights by kernels.
 
-Owns which products are decoded and which dequantised. Weights come in kernel order
+Owns how the plans of `flute.plans` are carried out. Weights come in kernel order
 (`flute.kernel_order`); `flute.ops` checks arguments. Importing it loads neither CUDA nor the
 compiler.
 
-    M <= 16          decode kernel; a layer keeps it ready (`Ready`)
-    M <= 96          launches of 16 tokens each: faster than one of 32, or than dequantising
-    more             dequantise at most 64 MB of weight, multiply with torch, next rows
+A product is one launch (`Ready` keeps a layer's), several, or dense by slices: `flute.plans`.
 """
 
 from __future__ import annotations
@@ -22,16 +20,14 @@ from flute import launchers
 from flute.constant import Constant
 from flute.format import TENSOR_NAMES, PackedWeight, table_per_row
 from flute.kernel_order import TILE_N
-from flute.launchers import DECODE_M, takes_ranges
+from flute.launchers import takes_ranges
+from flute.plans import DensePlan, SplitPlan
 
 if TYPE_CHECKING:
-    from flute.jit.launch import Launcher
+    from array import array
 
-MAX_DECODE_M = 96
-"""Beyond it, dequantising the weight and multiplying densely is faster: on 57344 x 8192 a launch of
-16 tokens takes 107 us, the other way 746 us at M = 64 (4 bits, fp16, H200, 2026-11-22)."""
-_DENSE_BYTES = 64 << 20
-"""Most bytes of dequantised weight at a time."""
+    from flute.launchers import Product
+
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", int)
 _current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", int)
 """As ``torch.cuda``'s, without a Stream object. Builds without CUDA have neither."""
@@ -59,30 +55,53 @@ def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         return x.new_empty(M, N)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    weight = _with_readable_table(weight)
-    if M > MAX_DECODE_M:
-        return _multiply_dense(x, weight, bias)
-    device = x.device
+    weight, device = _with_readable_table(weight), x.device
     if _current_device() != device.index:
         with torch.cuda.device(device):
             return multiply(x, weight, bias)
     x = _readable(x)
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
-    out, stream = _empty((M, N), (N, 1), x.dtype), _current_stream(device.index)
-    x_at, out_at = x.data_ptr(), out.data_ptr()
+    product = launchers.product(weight, M, x.dtype, device)
+    if isinstance(product.plan, DensePlan):
+        return _multiply_dense(x, weight, bias, product.plan.slice_bytes)
+    out = _empty((M, N), (N, 1), x.dtype)
+    step = product.plan.tokens if isinstance(product.plan, SplitPlan) else M
+    for start in range(0, M, step):
+        part = x[start : start + step]
+        if step < M:
+            product = launchers.product(weight, part.shape[0], x.dtype, device)
+        if product.launcher is None:  # no kernel for these tokens
+            out[start : start + step] = _multiply_dense(part, weight, bias)
+        else:
+            _launch(product, part, weight, bias, out[start : start + step])
+    return out
+
+
+def _launch(
+    product: Product, x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor
+) -> None:
+    """Launch a kernel on the current stream of the current device, which is that of ``x``."""
+    assert product.launcher is not None, "a plan of a kernel has a launcher"
+    stream, launch = _current_stream(x.device.index), product.launcher.launch
     parts = (weight.packed, weight.scales, weight.table, bias)
     pointers = [0 if part is None else part.data_ptr() for part in parts]
-    for start in range(0, M, DECODE_M):
-        found = launchers.decode(weight, min(DECODE_M, M - start), x.dtype, device)
-        if found is None:
-            return _multiply_dense(x, weight, bias)
-        launcher, num_scratch = found
-        scratch = x.new_empty(num_scratch, dtype=torch.float32) if num_scratch else None
-        scratch_at = 0 if scratch is None else scratch.data_ptr()
-        at = (x_at + start * K * 2, *pointers, scratch_at, out_at + start * N * 2)
-        launcher.launch(stream, *at)
-    return out
+    if product.map_tokens:
+        tokens = _map_of(x.data_ptr(), *x.shape, product.map_tokens, x.dtype)
+        launch(stream, *pointers, out.data_ptr(), regions=((0, tokens),))
+        return
+    scratch = None
+    if product.num_scratch:
+        scratch = x.new_empty(product.num_scratch, dtype=torch.float32)
+    scratch_at = 0 if scratch is None else scratch.data_ptr()
+    launch(stream, x.data_ptr(), *pointers, scratch_at, out.data_ptr())
+
+
+def _map_of(address: int, M: int, K: int, tokens: int, dtype: torch.dtype) -> array[int]:
+    """Return the CUtensorMap of x."""
+    from flute.jit.launch import tensor_map
+
+    return tensor_map(address, M, K, tokens, "float16" if dtype == torch.float16 else "bfloat16")
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -100,9 +119,11 @@ def _with_readable_table(weight: PackedWeight) -> PackedWeight:
     return weight if table.is_contiguous() else weight._replace(table=table.contiguous())
 
 
-def _multiply_dense(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+def _multiply_dense(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, slice_bytes: int = DensePlan.slice_bytes
+) -> Tensor:
     (M, K), N = x.shape, weight.N
-    rows = max(1, _DENSE_BYTES // (2 * K * TILE_N)) * TILE_N
+    rows = max(1, slice_bytes // (2 * K * TILE_N)) * TILE_N
     if rows >= N:
         return F.linear(x, dequantize(weight, x.dtype), bias)
     out = x.new_empty(M, N)
@@ -147,8 +168,8 @@ class Ready:
     another tensor's.
 
     Args:
-        launcher: takes x, scratch if there is any, and out; the rest is bound.
-        num_scratch: fp32 numbers that a launch needs besides.
+        product: its launcher takes x (an address, or a map), scratch if there is any, and out; the
+            rest is bound.
         device: index of the GPU.
         shape: of the result.
         dtype: of the result.
@@ -163,6 +184,7 @@ class Ready:
         "_kept",
         "_launcher",
         "_like",
+        "_map_tokens",
         "_moves",
         "_others",
         "_scales",
@@ -172,15 +194,16 @@ class Ready:
 
     def __init__(
         self,
-        launcher: Launcher,
-        num_scratch: int,
+        product: Product,
         device: int,
         shape: tuple[int, ...],
         dtype: torch.dtype,
         parameters: dict[str, Any],
         bound: tuple[Tensor | None, ...],
     ) -> None:
-        self._launcher, self._scratch = launcher, num_scratch
+        assert product.launcher is not None, "a plan of a kernel has a launcher"
+        self._launcher, self._scratch = product.launcher, product.num_scratch
+        self._map_tokens = product.map_tokens
         self._device = device
         strides = torch.empty(shape, device="meta").stride()
         self._like = (shape, strides, dtype)
@@ -224,6 +247,11 @@ class Ready:
             with torch.cuda.device(device):
                 return self(x, parameters)
         out, stream = _empty(*self._like), _current_stream(device)
+        if self._map_tokens:
+            K = x.shape[-1]
+            tokens = _map_of(at, x.numel() // K, K, self._map_tokens, x.dtype)
+            self._launcher.launch(stream, out.data_ptr(), regions=((0, tokens),))
+            return out
         if not self._scratch:
             self._launcher.launch_pair(stream, at, out.data_ptr())
             return out
@@ -245,19 +273,19 @@ def make_ready(x: Tensor, weight: PackedWeight, parameters: dict[str, Any]) -> R
     """
     M, device = x.numel() // max(1, weight.K), x.device
     bias: Tensor | None = None if parameters["bias"] is None else parameters["bias"].data
-    if not 1 <= M <= DECODE_M or not weight.N or _with_readable_table(weight) is not weight:
+    if not M or not weight.N or _with_readable_table(weight) is not weight:
         return None
     if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):
         return None
     with torch.cuda.device(device):
-        found = launchers.decode(weight, M, x.dtype, device)
-    if found is None:
+        product = launchers.product(weight, M, x.dtype, device)
+    if product.launcher is None:
         return None
-    launcher, num_scratch = found
     bound = (weight.packed, weight.scales, weight.table, bias)
-    pointers = {i: 0 if part is None else part.data_ptr() for i, part in enumerate(bound, 1)}
-    if not num_scratch:
+    first = 0 if product.map_tokens else 1  # slot of the codes
+    pointers = {i: 0 if part is None else part.data_ptr() for i, part in enumerate(bound, first)}
+    if not product.map_tokens and not product.num_scratch:
         pointers[5] = 0
+    product = product._replace(launcher=product.launcher.bind(pointers))
     shape = (*x.shape[:-1], weight.N)
-    bound_launcher = launcher.bind(pointers)
-    return Ready(bound_launcher, num_scratch, device.index, shape, x.dtype, parameters, bound)
+    return Ready(product, device.index, shape, x.dtype, parameters, bound)

@@ -74,4 +74,5 @@ def gpu_of(device: torch.device) -> Gpu:
         arch + "a" if arch == "sm_90" else arch,
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
+        properties.name,
     )

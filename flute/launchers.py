@@ -3,7 +3,7 @@
 Owns the functions loaded so far and the launchers made of them. Weights come in kernel order
 (`flute.kernel_order`). Importing it loads neither CUDA nor the compiler.
 
-    problem -> plan (candidates) -> source -> cubin (jit.cache) -> function -> Launcher
+    problem -> plan (tuning, plans) -> source -> cubin (jit.cache) -> function -> Launcher
 """
 
 from __future__ import annotations
@@ -13,37 +13,51 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from flute.candidates import candidates
-from flute.config import (
-    DTYPE_IDX,
-    Gpu,
-    KernelConfig,
-    Plan,
-    Problem,
-    kernel_group_size,
-    workspace_bytes,
-)
+from flute import tuning
+from flute.batch import BLOCK_N, BatchPlan, num_clusters
+from flute.config import DTYPE_IDX, Gpu, Plan, Problem, kernel_group_size, workspace_bytes
 from flute.device import gpu_of
 from flute.errors import UnsupportedProblemError
 from flute.format import PackedWeight
 from flute.kernel_order import CHUNK_K, TILE_N, num_tiles, padded_k
+from flute.plans import DECODE_M, AnyPlan, DensePlan, KernelPlan, SplitPlan, plans_of
 
 if TYPE_CHECKING:
     from flute.jit.compiler import Cubin, Source
     from flute.jit.launch import Launcher
 
-DECODE_M = 16
-"""Tokens of one launch of the decode kernel."""
 KERNELS = Path(__file__).parent / "kernels"
 MAX_RANGES = 8
 """Tables of ranges of rows that kernels take; their parameters have room for them."""
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
-_launchers: dict[tuple[object, ...], tuple[Launcher, int]] = {}
+PREPARED_M = (*range(1, 17), 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
+"""Numbers of tokens whose kernels are compiled ahead; others take one of theirs."""
+
+
+class Product(NamedTuple):
+    """How a product is computed.
+
+    Args:
+        plan: what was chosen.
+        launcher: of a kernel's plan; else None.
+        num_scratch: fp32 numbers that a launch needs besides.
+        map_tokens: tokens of a box of x if the kernel takes x as a CUtensorMap, at the start of
+            its structure; 0 if it takes x's address.
+    """
+
+    plan: AnyPlan
+    launcher: Launcher | None
+    num_scratch: int = 0
+    map_tokens: int = 0
+
+
+_products: dict[tuple[object, ...], Product] = {}
+_launchers: dict[tuple[object, ...], Launcher] = {}
 _functions: dict[tuple[str, int], int] = {}
 _lock = threading.Lock()
 
@@ -85,11 +99,12 @@ def _ranges(table_ends: tuple[int, ...], N: int) -> bytes:
     return struct.pack("9i", len(ends), *ends, *[num_tiles(N)] * (MAX_RANGES - len(ends)))
 
 
-def decode_source(config: KernelConfig) -> Source:
-    """Return the text of a decode kernel."""
+def source_of(plan: KernelPlan) -> Source:
+    """Return the text of a plan's kernel."""
     from flute.jit.compiler import Source
 
-    return Source(config.source(), "flute::decode<Config>", KERNELS)
+    name = "batch" if isinstance(plan, BatchPlan) else "decode"
+    return Source(plan.config.source(), f"flute::{name}<Config>", KERNELS)
 
 
 def dequantize_source(problem: Problem) -> Source:
@@ -125,9 +140,10 @@ def compile_kernels(
     gpu = gpu_of(device)
     sources: dict[Source, None] = {}
     for problem in problems:
-        for m in range(1, DECODE_M + 1):
-            plans = candidates(problem._replace(m=m), gpu)[:1]
-            sources |= {decode_source(plan.config): None for plan in plans}
+        for m in PREPARED_M:
+            plan = tuning.choose(problem._replace(m=m), gpu)
+            if isinstance(plan, KernelPlan):
+                sources[source_of(plan)] = None
         sources[dequantize_source(problem)] = None
     sources = {s: None for s in sources if (s.text, device.index) not in _functions}
     done(0, len(sources))
@@ -157,7 +173,7 @@ def _function(source: Source, device: torch.device) -> int:
 def _load(source: Source, cubin: Cubin, device: torch.device) -> int:
     from flute.jit.launch import load_function
 
-    smem_bytes = gpu_of(device).smem_bytes if "decode" in source.name else 0
+    smem_bytes = 0 if "dequantize" in source.name else gpu_of(device).smem_bytes
     with _lock, torch.cuda.device(device):
         function = _functions.get((source.text, device.index))
         if function is None:
@@ -166,14 +182,14 @@ def _load(source: Source, cubin: Cubin, device: torch.device) -> int:
     return function
 
 
-def decode(
+def product(
     weight: PackedWeight, M: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Launcher, int] | None:
-    """Return the launcher of a product and its fp32 scratch, or None if no kernel serves it.
+) -> Product:
+    """Return how a product is computed.
 
     Args:
         weight: in kernel order, with ranges that `takes_ranges`.
-        M: tokens, at most `DECODE_M`.
+        M: tokens.
         dtype: of x, fp16 or bf16.
         device: a GPU, which is current.
 
@@ -183,17 +199,96 @@ def decode(
     _, scales, table, spec, N, K, ends = weight
     rows = table.shape[0]
     key = (M, N, K, spec.num_bits, spec.group_size, dtype, scales.dtype, rows, ends, device.index)
-    found = _launchers.get(key)
+    found = _products.get(key)
     if found is None:
         problem, gpu = problem_of(weight, M, dtype), gpu_of(device)
-        plans = candidates(problem, gpu)
-        if not plans:
-            return None
-        plan = plans[0]
-        function = _function(decode_source(plan.config), device)
-        launcher = decode_launcher(function, plan, problem, gpu, ends, device.index)
-        found = _launchers[key] = (launcher, workspace_bytes(plan, M, N) // 4)
+        plan = choose(problem, ends, gpu)
+        if isinstance(plan, KernelPlan):
+            function = _function(source_of(plan), device)
+            launcher = launcher_of(function, plan, problem, gpu, ends, device.index)
+            if isinstance(plan, BatchPlan):
+                found = Product(plan, launcher, map_tokens=plan.config.tokens)
+            else:
+                found = Product(plan, launcher, workspace_bytes(plan, M, N) // 4)
+        else:
+            found = Product(plan, None)
+        _products[key] = found
     return found
+
+
+def choose(problem: Problem, table_ends: tuple[int, ...], gpu: Gpu) -> AnyPlan:
+    """Return the plan for a product whose table may differ between ranges of rows.
+
+    Args:
+        problem: what is multiplied.
+        table_ends: where each range of rows ends; empty if there is one table, or one per row.
+        gpu: where.
+    """
+    plan = tuning.choose(problem, gpu)
+    if isinstance(plan, BatchPlan) and any(end % BLOCK_N for end in table_ends[:-1]):
+        # A batch kernel's blocks of rows have one table each.
+        others = [p for p in plans_of(problem, gpu) if isinstance(p, Plan)]
+        return others[0] if others and problem.m <= DECODE_M else _split_or_dense(problem)
+    return plan
+
+
+def _split_or_dense(problem: Problem) -> AnyPlan:
+    return SplitPlan() if DECODE_M < problem.m <= 64 else DensePlan()
+
+
+def launcher_of(
+    function: int,
+    plan: KernelPlan,
+    problem: Problem,
+    gpu: Gpu,
+    table_ends: tuple[int, ...] = (),
+    device: int = 0,
+) -> Launcher:
+    """Return the launcher of a plan's loaded kernel; see `decode_launcher`, `batch_launcher`."""
+    if isinstance(plan, BatchPlan):
+        return batch_launcher(function, plan, problem, gpu, table_ends, device)
+    return decode_launcher(function, plan, problem, gpu, table_ends, device)
+
+
+def batch_launcher(
+    function: int,
+    plan: BatchPlan,
+    problem: Problem,
+    gpu: Gpu,
+    table_ends: tuple[int, ...] = (),
+    device: int = 0,
+) -> Launcher:
+    """Return the launcher of a loaded batch kernel; it takes the pointers of `BatchParams`.
+
+    Those are packed, scales, table, bias and out; x is a CUtensorMap at the structure's start.
+
+    Args:
+        function: CUfunction of ``plan.config``'s kernel.
+        plan: the kernel.
+        problem: what it multiplies.
+        gpu: where it runs.
+        table_ends: where each range of rows ends; empty if there is one table, or one per row.
+        device: ordinal of the GPU.
+    """
+    from flute.jit.launch import TENSOR_MAP_BYTES, Launcher
+
+    config, (m, n, k) = plan.config, problem[-3:]
+    clusters = num_clusters(config, m, n, gpu.num_sms)
+    sizes = (m, n, padded_k(k) // CHUNK_K, -(-m // config.tokens))
+    at = TENSOR_MAP_BYTES
+    return Launcher(
+        function,
+        grid=(clusters * config.cluster, 1, 1),
+        num_threads=config.num_threads,
+        smem_bytes=config.smem_bytes,
+        params=bytes(at + 5 * 8) + struct.pack("4i", *sizes) + _ranges(table_ends, n),
+        slots=range(at, at + 5 * 8, 8),
+        alignment=64,
+        cluster=config.cluster,
+        dependent=True,
+        device=device,
+        name=f"{config}",
+    )
 
 
 def decode_launcher(
@@ -265,5 +360,5 @@ def dequantize(
             device=device.index,
             name=f"dequantize of {problem}",
         )
-        found = _launchers[key] = (launcher, 0)
-    return found[0]
+        found = _launchers[key] = launcher
+    return found

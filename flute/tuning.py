@@ -27,14 +27,16 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flute.candidates import candidates
+from flute import batch
+from flute.batch import BatchConfig, BatchPlan
 from flute.config import Gpu, KernelConfig, Plan, Problem, supports
 from flute.errors import FormatError
+from flute.plans import AnyPlan, DensePlan, SplitPlan, default_plan
 from flute.version import __version__
 
 FORMAT = 1
@@ -42,31 +44,6 @@ SHIPPED = Path(__file__).parent / "data" / "tuning"
 _KERNELS = Path(__file__).parent / "kernels"
 _KEY = Problem._fields[:5] + Problem._fields[6:]
 """Fields of a problem without its tokens."""
-
-
-@dataclass(frozen=True)
-class DensePlan:
-    """Dequantise a slice of the weight, multiply it with torch, next slice.
-
-    Args:
-        slice_bytes: most bytes of dequantised weight at a time.
-    """
-
-    slice_bytes: int = 64 << 20
-
-
-@dataclass(frozen=True)
-class SplitPlan:
-    """Launches of so many tokens each, the last of the rest; each has a plan of its own.
-
-    Args:
-        tokens: of one launch.
-    """
-
-    tokens: int = 16
-
-
-AnyPlan = Plan | DensePlan | SplitPlan
 
 
 class Family(NamedTuple):
@@ -85,6 +62,7 @@ class Family(NamedTuple):
 
 FAMILIES: dict[str, Family] = {
     "decode": Family(Plan, KernelConfig, supports),
+    "batch": Family(BatchPlan, BatchConfig, batch.supports),
     "split": Family(
         SplitPlan,
         None,
@@ -119,14 +97,14 @@ Store = dict[Problem, dict[int, Record]]
 """Problem with m = 0 -> tokens -> figure."""
 
 
-def choose(problem: Problem, gpu: Gpu) -> AnyPlan | None:
-    """Return the plan for a launch: the tuned one, else the heuristic's, else None.
+def choose(problem: Problem, gpu: Gpu) -> AnyPlan:
+    """Return the plan for a product: the tuned one, else the heuristic's.
 
     Args:
-        problem: of 1 to 32 tokens.
+        problem: of any number of tokens.
         gpu: where it will run.
     """
-    return lookup(problem, gpu) or next(iter(candidates(problem, gpu)), None)
+    return lookup(problem, gpu) or default_plan(problem, gpu)
 
 
 def lookup(problem: Problem, gpu: Gpu) -> AnyPlan | None:

@@ -25,6 +25,7 @@ LAYERS = (
     ("kernel_order", "reference"),
     ("config",),
     ("candidates", "device", "batch"),
+    ("plans",),
     ("tuning",),
     ("methods", "launchers", "timing", "model_shapes"),
     ("concat", "cuda"),

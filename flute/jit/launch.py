@@ -17,7 +17,7 @@ import ctypes
 import struct
 from array import array
 from collections.abc import Iterable, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from flute.errors import FluteError
@@ -34,6 +34,11 @@ _STREAM = 4
 """Word of a CUlaunchConfig that holds the stream."""
 _ATTRIBUTE = struct.Struct("=i4x3I52x")
 """CUlaunchAttribute: id, and 64 bytes of which ours use three numbers at most."""
+
+TENSOR_MAP_BYTES = 128
+"""Of a CUtensorMap, which lies at a multiple of 64."""
+_TENSOR_MAP_TYPES = {"float16": 6, "bfloat16": 9}
+_SWIZZLE_128B, _PROMOTE_L2_256B = 3, 3
 
 _Block = tuple["array[int]", int, int, tuple[int, ...], tuple[Any, ...]]
 """What the driver reads, as words; word of the structure, of the stream, of each slot; arguments
@@ -121,6 +126,45 @@ def local_bytes(function: int) -> int:
         "cuFuncGetAttribute",
     )
     return value.value
+
+
+@lru_cache(4096)
+def tensor_map(address: int, rows: int, columns: int, box_rows: int, dtype: str) -> array[int]:
+    """Return the CUtensorMap of a row-major matrix, as 64-bit words.
+
+    A box is ``box_rows`` rows of 64 values, 128 bytes that are swizzled as wgmma reads them.
+
+    Args:
+        address: of the matrix, a multiple of 16.
+        rows: of the matrix; a box gets zeros for those past them.
+        columns: of the matrix, a multiple of 8.
+        box_rows: at most 256.
+        dtype: "float16" or "bfloat16".
+
+    Raises:
+        LaunchError: the driver refused.
+    """
+    raw = ctypes.create_string_buffer(TENSOR_MAP_BYTES + 64)
+    at = ctypes.addressof(raw) + -ctypes.addressof(raw) % 64
+    sizes = (ctypes.c_uint64 * 2)(columns, rows)
+    strides = (ctypes.c_uint64 * 1)(columns * 2)
+    box, steps = (ctypes.c_uint32 * 2)(64, box_rows), (ctypes.c_uint32 * 2)(1, 1)
+    error = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(at),
+        _TENSOR_MAP_TYPES[dtype],
+        2,
+        ctypes.c_void_p(address),
+        sizes,
+        strides,
+        box,
+        steps,
+        0,
+        _SWIZZLE_128B,
+        _PROMOTE_L2_256B,
+        0,
+    )
+    _check(error, f"cuTensorMapEncodeTiled of {rows} x {columns}")
+    return array("Q", ctypes.string_at(at, TENSOR_MAP_BYTES))
 
 
 class Launcher:

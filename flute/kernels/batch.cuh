@@ -45,12 +45,14 @@ struct BatchParams {
   alignas(64) u8 x_map[128];  // CUtensorMap of x (M, K), box (TOKENS, 64), 128-byte swizzle
   const void* packed;         // (tiles, num_chunks, chunk bytes)
   const void* scales;         // (tiles, num_chunks * 64 / GROUP, 8, 2); whole row: (tiles * 16)
-  const void* table;          // (1 or N, 2**NUM_BITS) fp32
+  const void* table;          // (num_ranges or N, 2**NUM_BITS) fp32
   const void* bias;           // (N) in the activations' dtype, or null
   void* out;                  // (M, N)
   int shape_m, shape_n;
   int num_chunks;       // K padded to a multiple of 256, / 64
   int num_token_tiles;  // of TOKENS tokens
+  int num_ranges;       // tables in use, at most 8
+  int range_end[8];     // in tiles, multiples of 4: tiles before it use table i
 };
 
 // Lookups a step at a time. `bytes`: the words of a chunk with a pair (quad) of codes in each byte;
@@ -168,7 +170,7 @@ struct Batch {
   static constexpr int kXChunkBytes = kTokens * 128;
   static constexpr int kXStageBytes = kXPanel * kXChunkBytes;
   static constexpr int kRowTableBytes = 128 << kBits;  // of a tile: a column of entries per lane
-  static constexpr int kSlab = kCluster > 1 || kTokens < 32 ? kTokens : 32;
+  static constexpr int kSlab = kTokens % 32 == 0 ? 32 : kTokens > 32 ? 16 : kTokens;
   static constexpr int kPartialStride = 64 + 4;  // floats; + 4: no bank conflicts for lanes q
   static constexpr int kPartialBytes = kSlab * kPartialStride * 4;  // of a warpgroup
 
@@ -208,23 +210,32 @@ struct Passes {
     const long long units = static_cast<long long>(num_blocks) * p.num_token_tiles;
     unit = static_cast<int>(units * cluster / num_clusters);
     end = static_cast<int>(units * (cluster + 1) / num_clusters);
-    set();
+    set(p);
   }
 
   FLUTE_DEVICE bool done() const { return unit >= end; }
 
+  // The table of the current pass.
+  FLUTE_DEVICE int range(const BatchParams& p) const {
+    int i = 0;
+    while (i + 1 < p.num_ranges && block * 4 >= p.range_end[i]) i++;
+    return i;
+  }
+
   // Why evenly: of 5 units, 3 + 2 keep more warpgroups busy than 4 + 1.
-  FLUTE_DEVICE void set() {
+  FLUTE_DEVICE void set(const BatchParams& p) {
     token_tile = unit / num_blocks;
     block = unit - token_tile * num_blocks;
-    const int left = min(end - unit, num_blocks - block);
+    int left = min(end - unit, num_blocks - block);
+    if (!D::kRowTables && p.num_ranges > 1)  // a pass is of one table
+      left = min(left, (p.range_end[range(p)] + 3) / 4 - block);
     const int num_passes = (left + D::kWarpgroups - 1) / D::kWarpgroups;
     count = num_passes > 0 ? (left + num_passes - 1) / num_passes : 0;
   }
 
-  FLUTE_DEVICE void next() {
+  FLUTE_DEVICE void next(const BatchParams& p) {
     unit += count;
-    set();
+    set(p);
   }
 };
 
@@ -253,7 +264,7 @@ struct Feed {
   }
 
   FLUTE_DEVICE void begin_unit(const BatchParams& p) {
-    while (!passes.done() && warp / 4 >= passes.count) passes.next();
+    while (!passes.done() && warp / 4 >= passes.count) passes.next(p);
     if (passes.done()) return;
     // Rows past N: any tile will do, they are not stored.
     const int tile = min((passes.block + warp / 4) * 4 + warp % 4, (p.shape_n - 1) / 16);
@@ -271,11 +282,18 @@ struct Feed {
     if (!wanted) return;
     chunk += D::kPanel;
     if (--left == 0) {
-      passes.next();
+      passes.next(p);
       begin_unit(p);
     }
   }
 };
+
+// The table of one range of rows, spread by all threads of a group.
+template <class D>
+FLUTE_DEVICE void build_table(u32 smem_table, const BatchParams& p, int range, int num_threads) {
+  const float* tables = static_cast<const float*>(p.table) + (range << D::kBits);
+  D::Steps::template build<typename D::Act>(smem_table, tables, threadIdx.x, num_threads);
+}
 
 // Table per row: the lane's own rows g and g + 8, an entry the pair of their values, 128 bytes
 // apart. Why one code at a time: pair tables of all tiles in flight do not fit shared memory.
@@ -510,13 +528,11 @@ struct Epilogue {
 
   FLUTE_DEVICE void run(const float (&acc)[kAcc], int block, int token_tile) {
     const int g = lane >> 2, q = lane & 3, row = (thread / 32) * 16 + g;
-    if constexpr (D::kCluster > 1) {
-      ptx::mbarrier_wait_cluster(read, parity ^ 1);  // the other ranks have read the last pass
-    }
 #pragma unroll
     for (int slab = 0; slab < D::kTokens / D::kSlab; slab++) {
       if (token_tile * D::kTokens + slab * D::kSlab >= p.shape_m) break;
-      if (slab > 0) sync();
+      if constexpr (D::kCluster > 1)  // the other ranks have read the last slab
+        ptx::mbarrier_wait_cluster(read, parity ^ 1);
 #pragma unroll
       for (int j = 0; j < D::kSlab / 8; j++)
 #pragma unroll
@@ -533,13 +549,11 @@ struct Epilogue {
 #pragma unroll 1
       for (int i = first; i < D::kSlab * 8; i += 128 * D::kCluster)
         store(i, block, token_tile * D::kTokens + slab * D::kSlab + i / 8);
-    }
-    if constexpr (D::kCluster > 1) {
       sync();
-      if (thread < D::kCluster) ptx::mbarrier_arrive_cluster(ptx::mapa(read, thread));
-      parity ^= 1;
-    } else {
-      sync();
+      if constexpr (D::kCluster > 1) {
+        if (thread < D::kCluster) ptx::mbarrier_arrive_cluster(ptx::mapa(read, thread));
+        parity ^= 1;
+      }
     }
   }
 
@@ -555,7 +569,7 @@ struct Epilogue {
       float part[4];
       if constexpr (D::kCluster > 1) {
         ptx::ld_cluster_v4_f32(part, ptx::mapa(at + h * 16, 0));
-#pragma unroll
+#pragma unroll 1  // the sums of later slabs still need their registers
         for (int r = 1; r < D::kCluster; r++) {
           float other[4];
           ptx::ld_cluster_v4_f32(other, ptx::mapa(at + h * 16, r));
@@ -598,7 +612,7 @@ template <class D>
 FLUTE_DEVICE void produce_x(const BatchParams& p, const Panels& panels, u32 smem, u32 x_full,
                             u32 x_empty) {
   u32 stage = 0, parity = 0;
-  for (Passes<D> passes(p); !passes.done(); passes.next())
+  for (Passes<D> passes(p); !passes.done(); passes.next(p))
 #pragma unroll 1
     for (int i = 0; i < panels.count * (D::kPanel / D::kXPanel); i++) {
       ptx::mbarrier_wait_long(x_empty + stage * 8, parity ^ 1);
@@ -644,8 +658,19 @@ FLUTE_DEVICE void consume(const BatchParams& p, typename Batch<Config>::Ring& ri
                        lane,
                        static_cast<int>(threadIdx.x % 128)};
   bool waited = false;
+  int range = -1;
 #pragma unroll 1
-  for (Passes<D> passes(p); !passes.done(); passes.next()) {
+  for (Passes<D> passes(p); !passes.done(); passes.next(p)) {
+    if (!D::kRowTables && (range < 0 || p.num_ranges > 1) && range != passes.range(p)) {
+      const bool first = range < 0;
+      range = passes.range(p);
+      if (!first) {
+        constexpr int kAll = 1 + D::kWarpgroups;  // barrier of all consumers
+        ptx::named_barrier(kAll, D::kWarps * 32);
+        build_table<D>(smem_table, p, range, D::kWarps * 32);
+        ptx::named_barrier(kAll, D::kWarps * 32);
+      }
+    }
     if (warpgroup >= passes.count) {
       consumer.idle();
       continue;
@@ -701,10 +726,8 @@ __global__ void __launch_bounds__(Batch<Config>::kThreads, 1)
     ptx::fence_mbarrier_init();
   }
   ptx::griddepcontrol_launch_dependents();
-  const float* tables = static_cast<const float*>(p.table);
-  const u32 smem_table = smem + D::kTableOffset;
   if constexpr (!D::kRowTables)
-    D::Steps::template build<typename D::Act>(smem_table, tables, threadIdx.x, D::kThreads);
+    build_table<D>(smem + D::kTableOffset, p, Passes<D>(p).range(p), D::kThreads);
   __syncthreads();
   if constexpr (D::kCluster > 1) ptx::cluster_sync();
 

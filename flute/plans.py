@@ -1,0 +1,83 @@
+"""The dispatcher: every way to multiply, and the one to use where nothing was tuned.
+
+    tokens     1 .. 8               9 .. 2048                 more
+    sm_90      decode kernel        batch kernel (wgmma)      dense: dequantise a slice, torch's matmul
+    others     decode kernel        decode, 16 at a time, to 96; then dense
+
+On sm_90 a short product of up to 16 tokens is decoded too: there the batch kernel's start counts.
+`flute.tuning` looks up what was measured before it asks here. Knows no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flute import batch, candidates
+from flute.batch import BatchPlan
+from flute.config import Gpu, Plan, Problem
+
+DECODE_M = 16
+"""Tokens of one launch of the decode kernel, where it is used for more than that."""
+MAX_SPLIT_M = 96
+"""Beyond it, where there is no batch kernel, dequantising is faster than many launches: on 57344 x
+8192 a launch of 16 tokens takes 107 us, the other way 746 us at M = 64 (4 bits, H200)."""
+MAX_BATCH_M = 2048
+"""Beyond it the batch kernel's slower tiles cost more than dequantising once (H200)."""
+_SHORT = 24e6
+"""Weights of a product whose 9 to 16 tokens are faster decoded (4096 x 4096: 8.0 us against 9.6,
+8192 x 28672: 67 against 52; 4 bits, H200, 2026-11-22)."""
+
+
+@dataclass(frozen=True)
+class DensePlan:
+    """Dequantise a slice of the weight, multiply it with torch, next slice.
+
+    Args:
+        slice_bytes: most bytes of dequantised weight at a time.
+    """
+
+    slice_bytes: int = 64 << 20
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """Launches of so many tokens each, the last of the rest; each has a plan of its own.
+
+    Args:
+        tokens: of one launch.
+    """
+
+    tokens: int = DECODE_M
+
+
+KernelPlan = Plan | BatchPlan
+AnyPlan = KernelPlan | DensePlan | SplitPlan
+
+
+def plans_of(problem: Problem, gpu: Gpu) -> list[AnyPlan]:
+    """Return the plans worth timing for a problem, the one to use untimed first.
+
+    Args:
+        problem: what is multiplied.
+        gpu: where.
+    """
+    m = problem.m
+    decoded: list[AnyPlan] = []
+    if m <= 32:
+        decoded += candidates.candidates(problem, gpu)
+    batched: list[AnyPlan] = [*batch.candidates(problem, gpu)]
+    if not batched:
+        if m <= DECODE_M:
+            return [*decoded, DensePlan()]
+        rest: list[AnyPlan] = [SplitPlan(), DensePlan()]
+        return [*(rest if m <= MAX_SPLIT_M else reversed(rest)), *decoded]
+    if m <= 8 or (m <= DECODE_M and problem.n * problem.k <= _SHORT):
+        return [*decoded, *batched]
+    if m > MAX_BATCH_M:
+        return [DensePlan(), *batched]
+    return [*batched, *([] if m < 256 else [DensePlan()]), *decoded]
+
+
+def default_plan(problem: Problem, gpu: Gpu) -> AnyPlan:
+    """Return the plan to use where nothing was tuned."""
+    return plans_of(problem, gpu)[0]
