@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn.modules import module
 
@@ -160,17 +159,7 @@ class LutLinear(nn.Module):
 
         `nn.Module.__call__` alone takes 2.7 us on an H200's host, the rest of a call 10.
         """
-        # NOTE: no check for `torch.jit.trace`: under it sizes are tensors, which no key equals.
-        if (
-            not is_dynamo_compiling()
-            and type(x) is Tensor
-            and not (x.requires_grad and torch.is_grad_enabled())
-            and not torch.is_autocast_enabled()  # of CUDA; products are ready nowhere else
-            and not torch._C._len_torch_dispatch_stack()
-            and not torch._C._is_torch_function_mode_enabled()
-            and torch._C._functorch.peek_interpreter_stack() is None
-            and forward_ad._current_level < 0
-        ):
+        if not is_dynamo_compiling() and is_plain_call(x):
             ready = self._ready.get((x.shape, x.dtype, x.device))
             if ready is not None and not (
                 self._forward_hooks

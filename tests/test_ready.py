@@ -73,8 +73,6 @@ def kernels(monkeypatch):
 
     monkeypatch.setattr(launchers, "decode", decode)
     monkeypatch.setattr(cuda, "_current_stream", lambda device: 7)
-    autocast = torch.is_autocast_enabled
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": autocast(device))
     monkeypatch.setattr(cuda, "_current_device", lambda: None)  # a CPU's index
     monkeypatch.setattr(
         cuda, "_empty", lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype)
