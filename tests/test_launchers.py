@@ -1,4 +1,4 @@
-"""What kernels are given: the structures of traits.cuh and dequantize.cuh, and the ranges of rows."""
+"""What kernels are given: the structures that the headers declare, and the ranges of rows."""
 
 from __future__ import annotations
 
