@@ -197,9 +197,7 @@ def candidates(problem: Problem, gpu: Gpu) -> list[BatchPlan]:
         gpu: where it will run.
     """
     m, n, k = problem[-3:]
-    plans = dict.fromkeys(
-        plan for plan in _plans(problem, gpu) if not supports(plan, m, n, k, gpu)
-    )
+    plans = dict.fromkeys(plan for plan in _plans(problem, gpu) if not supports(plan, m, n, k, gpu))
     return sorted(plans, key=lambda plan: predicted_us(plan, m, n, k, gpu))  # stable
 
 

@@ -20,12 +20,10 @@ from flute import launchers
 from flute.constant import Constant
 from flute.format import TENSOR_NAMES, PackedWeight, table_per_row
 from flute.kernel_order import TILE_N
-from flute.launchers import takes_ranges
+from flute.launchers import TokensAt, takes_ranges
 from flute.plans import DensePlan, SplitPlan
 
 if TYPE_CHECKING:
-    from array import array
-
     from flute.launchers import Product
 
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", int)
@@ -50,7 +48,7 @@ def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     Raises:
         UnsupportedProblemError: a kernel had to be compiled while a CUDA graph is captured.
     """
-    (M, K), N = x.shape, weight.N
+    M, N = x.shape[0], weight.N
     if not M or not N:
         return x.new_empty(M, N)
     if bias is not None and bias.dtype != x.dtype:
@@ -64,7 +62,7 @@ def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         bias = bias.contiguous()
     product = launchers.product(weight, M, x.dtype, device)
     if isinstance(product.plan, DensePlan):
-        return _multiply_dense(x, weight, bias, product.plan.slice_bytes)
+        return multiply_dense(x, weight, bias, product.plan.slice_bytes)
     out = _empty((M, N), (N, 1), x.dtype)
     step = product.plan.tokens if isinstance(product.plan, SplitPlan) else M
     for start in range(0, M, step):
@@ -72,7 +70,7 @@ def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         if step < M:
             product = launchers.product(weight, part.shape[0], x.dtype, device)
         if product.launcher is None:  # no kernel for these tokens
-            out[start : start + step] = _multiply_dense(part, weight, bias)
+            out[start : start + step] = multiply_dense(part, weight, bias)
         else:
             _launch(product, part, weight, bias, out[start : start + step])
     return out
@@ -82,26 +80,15 @@ def _launch(
     product: Product, x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor
 ) -> None:
     """Launch a kernel on the current stream of the current device, which is that of ``x``."""
-    assert product.launcher is not None, "a plan of a kernel has a launcher"
-    stream, launch = _current_stream(x.device.index), product.launcher.launch
     parts = (weight.packed, weight.scales, weight.table, bias)
-    pointers = [0 if part is None else part.data_ptr() for part in parts]
-    if product.map_tokens:
-        tokens = _map_of(x.data_ptr(), *x.shape, product.map_tokens, x.dtype)
-        launch(stream, *pointers, out.data_ptr(), regions=((0, tokens),))
-        return
+    weight_at = [0 if part is None else part.data_ptr() for part in parts]
     scratch = None
     if product.num_scratch:
         scratch = x.new_empty(product.num_scratch, dtype=torch.float32)
     scratch_at = 0 if scratch is None else scratch.data_ptr()
-    launch(stream, x.data_ptr(), *pointers, scratch_at, out.data_ptr())
-
-
-def _map_of(address: int, M: int, K: int, tokens: int, dtype: torch.dtype) -> array[int]:
-    """Return the CUtensorMap of x."""
-    from flute.jit.launch import tensor_map
-
-    return tensor_map(address, M, K, tokens, "float16" if dtype == torch.float16 else "bfloat16")
+    tokens = TokensAt(x.data_ptr(), x.shape[0], x.shape[1], x.dtype)
+    stream = _current_stream(x.device.index)
+    product.launch(stream, tokens, weight_at, scratch_at, out.data_ptr())
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -119,9 +106,20 @@ def _with_readable_table(weight: PackedWeight) -> PackedWeight:
     return weight if table.is_contiguous() else weight._replace(table=table.contiguous())
 
 
-def _multiply_dense(
+def multiply_dense(
     x: Tensor, weight: PackedWeight, bias: Tensor | None, slice_bytes: int = DensePlan.slice_bytes
 ) -> Tensor:
+    """Multiply as `multiply` does, by dequantising slices of the weight.
+
+    Args:
+        x: fp16 or bf16, shape (M, K).
+        weight: in kernel order.
+        bias: shape (N,), or None.
+        slice_bytes: most bytes of dequantised weight at a time.
+
+    Returns:
+        Shape (M, N).
+    """
     (M, K), N = x.shape, weight.N
     rows = max(1, slice_bytes // (2 * K * TILE_N)) * TILE_N
     if rows >= N:
@@ -249,7 +247,7 @@ class Ready:
         out, stream = _empty(*self._like), _current_stream(device)
         if self._map_tokens:
             K = x.shape[-1]
-            tokens = _map_of(at, x.numel() // K, K, self._map_tokens, x.dtype)
+            tokens = TokensAt(at, x.numel() // K, K, x.dtype).map(self._map_tokens)
             self._launcher.launch(stream, out.data_ptr(), regions=((0, tokens),))
             return out
         if not self._scratch:
@@ -273,7 +271,9 @@ def make_ready(x: Tensor, weight: PackedWeight, parameters: dict[str, Any]) -> R
     """
     M, device = x.numel() // max(1, weight.K), x.device
     bias: Tensor | None = None if parameters["bias"] is None else parameters["bias"].data
-    if not M or not weight.N or _with_readable_table(weight) is not weight:
+    if not M or not weight.N:
+        return None
+    if not takes_ranges(weight.table_ends) or not weight.table.is_contiguous():
         return None
     if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):
         return None

@@ -27,6 +27,8 @@ from flute.kernel_order import CHUNK_K, TILE_N, num_tiles, padded_k
 from flute.plans import DECODE_M, AnyPlan, DensePlan, KernelPlan, SplitPlan, plans_of
 
 if TYPE_CHECKING:
+    from array import array
+
     from flute.jit.compiler import Cubin, Source
     from flute.jit.launch import Launcher
 
@@ -37,6 +39,28 @@ _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "
 
 PREPARED_M = (*range(1, 17), 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
 """Numbers of tokens whose kernels are compiled ahead; others take one of theirs."""
+
+
+class TokensAt(NamedTuple):
+    """Activations by address: shape (M, K), contiguous, at a multiple of 16 bytes.
+
+    Args:
+        address: of the first.
+        M: tokens.
+        K: features.
+        dtype: fp16 or bf16.
+    """
+
+    address: int
+    M: int
+    K: int
+    dtype: torch.dtype
+
+    def map(self, box_tokens: int) -> array[int]:
+        """Return the CUtensorMap of x whose boxes have so many tokens."""
+        from flute.jit.launch import tensor_map
+
+        return tensor_map(self.address, self.M, self.K, box_tokens, _NAMES[self.dtype])
 
 
 class Product(NamedTuple):
@@ -54,6 +78,25 @@ class Product(NamedTuple):
     launcher: Launcher | None
     num_scratch: int = 0
     map_tokens: int = 0
+
+    def launch(
+        self, stream: int, x: TokensAt, weight_at: Iterable[int], scratch_at: int, out_at: int
+    ) -> None:
+        """Launch the kernel, which there is, on a stream of the current device.
+
+        Args:
+            stream: CUstream.
+            x: the activations.
+            weight_at: addresses of packed, scales, table and bias, or 0.
+            scratch_at: address of the scratch, or 0.
+            out_at: address of the result.
+        """
+        assert self.launcher is not None, "a plan of a kernel has a launcher"
+        if self.map_tokens:
+            regions = ((0, x.map(self.map_tokens)),)
+            self.launcher.launch(stream, *weight_at, out_at, regions=regions)
+        else:
+            self.launcher.launch(stream, x.address, *weight_at, scratch_at, out_at)
 
 
 _products: dict[tuple[object, ...], Product] = {}
@@ -182,9 +225,7 @@ def _load(source: Source, cubin: Cubin, device: torch.device) -> int:
     return function
 
 
-def product(
-    weight: PackedWeight, M: int, dtype: torch.dtype, device: torch.device
-) -> Product:
+def product(weight: PackedWeight, M: int, dtype: torch.dtype, device: torch.device) -> Product:
     """Return how a product is computed.
 
     Args:
@@ -205,11 +246,7 @@ def product(
         plan = choose(problem, ends, gpu)
         if isinstance(plan, KernelPlan):
             function = _function(source_of(plan), device)
-            launcher = launcher_of(function, plan, problem, gpu, ends, device.index)
-            if isinstance(plan, BatchPlan):
-                found = Product(plan, launcher, map_tokens=plan.config.tokens)
-            else:
-                found = Product(plan, launcher, workspace_bytes(plan, M, N) // 4)
+            found = product_of(function, plan, problem, gpu, ends, device.index)
         else:
             found = Product(plan, None)
         _products[key] = found
@@ -236,18 +273,21 @@ def _split_or_dense(problem: Problem) -> AnyPlan:
     return SplitPlan() if DECODE_M < problem.m <= 64 else DensePlan()
 
 
-def launcher_of(
+def product_of(
     function: int,
     plan: KernelPlan,
     problem: Problem,
     gpu: Gpu,
     table_ends: tuple[int, ...] = (),
     device: int = 0,
-) -> Launcher:
-    """Return the launcher of a plan's loaded kernel; see `decode_launcher`, `batch_launcher`."""
+) -> Product:
+    """Return the product by a plan's loaded kernel; see `decode_launcher`, `batch_launcher`."""
+    rest = (problem, gpu, table_ends, device)
     if isinstance(plan, BatchPlan):
-        return batch_launcher(function, plan, problem, gpu, table_ends, device)
-    return decode_launcher(function, plan, problem, gpu, table_ends, device)
+        launcher = batch_launcher(function, plan, *rest)
+        return Product(plan, launcher, map_tokens=plan.config.tokens)
+    launcher = decode_launcher(function, plan, *rest)
+    return Product(plan, launcher, workspace_bytes(plan, problem.m, problem.n) // 4)
 
 
 def batch_launcher(

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn.modules import module
 
@@ -31,13 +30,14 @@ from flute.format import (
     check_table,
 )
 from flute.kernel_order import to_kernel_order, to_plain_order
-from flute.launchers import DECODE_M
 from flute.ops import is_plain_call, lut_gemm
 from flute.pack import pack_codes, unpack_codes
 from flute.reference import dequantize_packed
 
 _lock = threading.Lock()
 """Held while a layer changes order at its first call."""
+_READY_M = 256
+"""Most tokens of a product that is kept ready: with more, its host time doesn't matter."""
 _MAX_READY = 64
 """Shapes and dtypes of x for which a layer keeps a product ready."""
 
@@ -160,17 +160,7 @@ class LutLinear(nn.Module):
 
         `nn.Module.__call__` alone takes 2.7 us on an H200's host, the rest of a call 10.
         """
-        # NOTE: no check for `torch.jit.trace`: under it sizes are tensors, which no key equals.
-        if (
-            not is_dynamo_compiling()
-            and type(x) is Tensor
-            and not (x.requires_grad and torch.is_grad_enabled())
-            and not torch.is_autocast_enabled()  # of CUDA; products are ready nowhere else
-            and not torch._C._len_torch_dispatch_stack()
-            and not torch._C._is_torch_function_mode_enabled()
-            and torch._C._functorch.peek_interpreter_stack() is None
-            and forward_ad._current_level < 0
-        ):
+        if not is_dynamo_compiling() and is_plain_call(x):
             ready = self._ready.get((x.shape, x.dtype, x.device))
             if ready is not None and not (
                 self._forward_hooks
@@ -210,7 +200,7 @@ class LutLinear(nn.Module):
             return out
         device, weight, parameters = x.device, self.packed_weight(), self._parameters
         if (
-            x.numel() > DECODE_M * self.in_features
+            x.numel() > _READY_M * self.in_features
             or x.dtype not in (torch.float16, torch.bfloat16)
             or any(p is not None and p.device != device for p in parameters.values())
             or why_not(device)

@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flute import cuda
 from flute.config import Problem
-from flute.format import WHOLE_ROW, QuantSpec
+from flute.format import WHOLE_ROW, PackedWeight, QuantSpec
 from flute.kernel_order import CHUNK_K, TILE_N, num_tiles, padded_k
+from flute.plans import DensePlan
 from flute.timing import rotated_copies
-from flute.tuning import DensePlan
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -146,20 +145,8 @@ def dense_product(
     Returns:
         Shape (M, N).
     """
-    M, K = x.shape
-    tiles = max(1, slice_bytes // (2 * K * TILE_N))
-    if tiles >= num_tiles(N):
-        return F.linear(x, cuda.dequantize(packed, scales, table, spec, N, K, x.dtype))
-    out = x.new_empty(M, N)
-    for tile in range(0, num_tiles(N), tiles):
-        start, stop = tile * TILE_N, min((tile + tiles) * TILE_N, N)
-        part = scales[start:stop] if scales.ndim == 1 else scales[tile : tile + tiles]
-        rows = table if table.shape[0] == 1 else table[start:stop]
-        weight = cuda.dequantize(
-            packed[tile : tile + tiles], part, rows, spec, stop - start, K, x.dtype
-        )
-        out[:, start:stop] = F.linear(x, weight)
-    return out
+    weight = PackedWeight(packed, scales, table, spec, N, x.shape[1])
+    return cuda.multiply_dense(x, weight, None, slice_bytes)
 
 
 def _num_words(key: Problem) -> int:

@@ -1,8 +1,8 @@
 """The dispatcher: every way to multiply, and the one to use where nothing was tuned.
 
-    tokens     1 .. 8               9 .. 2048                 more
-    sm_90      decode kernel        batch kernel (wgmma)      dense: dequantise a slice, torch's matmul
-    others     decode kernel        decode, 16 at a time, to 96; then dense
+    tokens     1 .. 8           9 .. 2048                 more
+    sm_90      decode kernel    batch kernel (wgmma)      dense: dequantise slices, torch's matmul
+    others     decode kernel    decode, 16 at a time, to 96; then dense
 
 On sm_90 a short product of up to 16 tokens is decoded too: there the batch kernel's start counts.
 `flute.tuning` looks up what was measured before it asks here. Knows no torch.

@@ -4,7 +4,7 @@ Owns what is compared and how; `flute.timing` has the clock, `flute.tuning` the 
 
     problems of one weight -> plans -> compile all -> per M: check, screen, time the best -> settle
 
-A family of kernels joins by its `_SOURCES`, its `_LAUNCHERS` and its place in `plans_of`.
+Which plans there are: `flute.plans`; which kernels they are: `flute.launchers`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from flute import cuda
-from flute.candidates import candidates
-from flute.config import Gpu, Plan, Problem
+from flute import launchers
+from flute.config import Gpu, Problem
+from flute.device import gpu_of, why_not
 from flute.errors import UnsupportedProblemError
+from flute.launchers import TokensAt, product_of
 from flute.operands import Operands, dense_product
+from flute.plans import DECODE_M, AnyPlan, DensePlan, KernelPlan, SplitPlan, default_plan, plans_of
 from flute.timing import capture, time_graphs_us
-from flute.tuning import FAMILIES, AnyPlan, DensePlan, Record, SplitPlan, encode, kernels_hash
+from flute.tuning import FAMILIES, Record, encode, kernels_hash
 
 if TYPE_CHECKING:
     from flute.jit.compiler import Source
@@ -35,16 +37,11 @@ CLOSE = 1.01
 """Plans within 1 % of the best are equal: medians repeat no better."""
 STEP = 1.15
 """A token that makes all tokens this much dearer is worth a line in the report."""
-_MAX_KERNEL_M = 32
-"""Tokens that one launch of a decode kernel can take."""
 _REPEATS, _NUM_FINALISTS = 11, 4
 _SCREENS = ((1, 1.5), (3, 1.1))
 """Repeats, and how much slower than the best a plan may be to stay, before the finals."""
 _TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Relative norm of the difference to the dequantised product: twice what the tests allow each."""
-_SOURCES: dict[type, Callable[[Any], Source]] = {Plan: lambda plan: cuda.decode_source(plan.config)}
-_LAUNCHERS: dict[type, Callable[..., Any]] = {Plan: cuda.decode_launcher}
-"""Plan of a kernel -> its source, and (function, plan, problem, gpu) -> its launcher."""
 
 
 @dataclass(frozen=True)
@@ -89,36 +86,26 @@ def check_device(device: str | torch.device) -> torch.device:
         UnsupportedProblemError: the device has no kernels; the message says why.
     """
     device = torch.device(device)
-    if cuda.why_not(device):
+    if why_not(device):
         raise UnsupportedProblemError(
-            f"Tuning times kernels on a GPU; {cuda.why_not(device)}. `flute doctor` shows what "
+            f"Tuning times kernels on a GPU; {why_not(device)}. `flute doctor` shows what "
             "this machine has."
         )
     return torch.device("cuda", device.index or 0)
 
 
-def default_plan(problem: Problem, gpu: Gpu) -> AnyPlan:
-    """Return what multiplies where nothing was tuned."""
-    plans: list[AnyPlan] = list(candidates(problem, gpu)) if problem.m <= cuda.DECODE_M else []
-    if plans:
-        return plans[0]
-    return SplitPlan(cuda.DECODE_M) if 1 < problem.m <= cuda.MAX_DECODE_M else DensePlan()
-
-
-def plans_of(problem: Problem, gpu: Gpu, top: int | None = None) -> list[AnyPlan]:
+def plans_to_time(problem: Problem, gpu: Gpu, top: int | None = None) -> list[AnyPlan]:
     """Return the plans to time, the heuristic's first.
 
     Args:
         problem: what is multiplied.
         gpu: where.
-        top: so many of the candidates, in their order; None is all.
+        top: so many kernels, in the order of `plans_of`, and all other ways; None is all.
     """
-    plans: list[AnyPlan] = [default_plan(problem, gpu)]
-    if problem.m <= _MAX_KERNEL_M:
-        plans += candidates(problem, gpu)[:top]
-    if problem.m > cuda.DECODE_M:
-        plans += [SplitPlan(cuda.DECODE_M), DensePlan()]
-    return list(dict.fromkeys(plans))
+    plans = plans_of(problem, gpu)
+    kernels = [plan for plan in plans if isinstance(plan, KernelPlan)]
+    dropped = set() if top is None else set(kernels[max(1, top) :])
+    return [plan for plan in plans if plan not in dropped]
 
 
 def settle(
@@ -198,8 +185,8 @@ class Tuner:
         self, problems: Iterable[Problem], device: torch.device, top: int | None = None
     ) -> None:
         self.device = check_device(device)
-        self.gpu = cuda.gpu_of(self.device)
-        self.plans = {problem: plans_of(problem, self.gpu, top) for problem in problems}
+        self.gpu = gpu_of(self.device)
+        self.plans = {problem: plans_to_time(problem, self.gpu, top) for problem in problems}
         self.tokens: dict[Problem, list[int]] = {}
         for problem in self.plans:
             self.tokens.setdefault(problem._replace(m=0), []).append(problem.m)
@@ -223,12 +210,14 @@ class Tuner:
         plans += [
             plan
             for key in self.tokens
-            for m in range(1, cuda.DECODE_M + 1)
-            for plan in candidates(key._replace(m=m), self.gpu)[:1]
+            for m in range(1, DECODE_M + 1)
+            for plan in (default_plan(key._replace(m=m), self.gpu),)
         ]  # of the rest of a split
-        sources = [_SOURCES[type(plan)](plan) for plan in plans if type(plan) in _SOURCES]
+        sources = [launchers.source_of(plan) for plan in plans if isinstance(plan, KernelPlan)]
         sources = list(dict.fromkeys(sources))
-        others = {cuda.dequantize_source(key) for key in self.tokens}  # loaded when it is called
+        others = {
+            launchers.dequantize_source(key) for key in self.tokens
+        }  # loaded when it is called
         torch.empty(1, device=self.device)  # makes the context
         done(0, len(sources))
         with (
@@ -352,26 +341,28 @@ class Tuner:
             ]
         launches = []
         for part, start, size in parts:
-            function = self._functions[_SOURCES[type(part)](part)]
+            assert isinstance(part, KernelPlan), "other plans are dense or split"
+            function = self._functions[launchers.source_of(part)]
             if isinstance(function, str):
                 raise UnsupportedProblemError(function)
-            launcher = _LAUNCHERS[type(part)](function, part, problem._replace(m=size), self.gpu)
+            product = product_of(function, part, problem._replace(m=size), self.gpu)
             x_at, out_at = data.tokens_at(start)
-            launches.append((launcher.launch, x_at, out_at))
+            tokens = TokensAt(x_at, size, problem.k, data.x.dtype)
+            launches.append((product.launch, tokens, out_at))
 
         def call(i: int) -> None:
             stream = torch.cuda.current_stream(self.device).cuda_stream
-            weight = data.addresses(i)
-            for launch, x_at, out_at in launches:
-                launch(stream, x_at, *weight, 0, data.scratch_at, out_at)
+            weight_at = (*data.addresses(i), 0)
+            for launch, tokens, out_at in launches:
+                launch(stream, tokens, weight_at, data.scratch_at, out_at)
 
         return call
 
     def _plan_of_part(self, problem: Problem) -> AnyPlan:
         """Plan of one launch of a split: the best so far if it was timed, else the heuristic's."""
-        best = self._best.get(problem)
-        plan = best if type(best) in _SOURCES else default_plan(problem, self.gpu)
-        if type(plan) not in _SOURCES:
+        plan = self._best.get(problem)
+        if not isinstance(plan, KernelPlan):
+            plan = default_plan(problem, self.gpu)
+        if not isinstance(plan, KernelPlan):
             raise UnsupportedProblemError(f"no kernel takes {problem.m} tokens")
-        assert plan is not None, "a plan of no type has a source"
         return plan

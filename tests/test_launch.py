@@ -138,11 +138,14 @@ def test_regions_are_written(driver):
     assert struct.unpack("4Q2i", driver.calls.pop()[4]) == (7, 21, 22, 9, -5, 6)
 
 
-def test_calls_of_several_threads_do_not_share_a_block(driver):
+@pytest.mark.parametrize("way", ["launch", "launch_pair"])
+def test_calls_of_several_threads_do_not_share_a_block(driver, way):
     """Both are inside the driver at once; each finds its own pointers there."""
     kernel, barrier = launcher(), threading.Barrier(2, timeout=30)
+    getattr(kernel, way)(0, 0, 0)
+    driver.calls.clear()
     driver.wait = barrier.wait
-    threads = [threading.Thread(target=kernel.launch, args=(i, i, i)) for i in (1, 2)]
+    threads = [threading.Thread(target=getattr(kernel, way), args=(i, i, i)) for i in (1, 2)]
     for thread in threads:
         thread.start()
     for thread in threads:

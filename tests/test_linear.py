@@ -249,6 +249,11 @@ def test_only_the_bias_ever_requires_a_gradient(make, ask):
     assert {name for name, p in model.named_parameters() if p.grad is not None} == names
 
 
+def test_new_parameters_that_require_a_gradient_lose_it():
+    _, layer = layer_of(QuantSpec(4, 64), bias=False)
+    assert not assigned(layer)(torch.zeros(2, 256)).requires_grad
+
+
 def saved(layer):
     buffer = io.BytesIO()
     torch.save(layer, buffer)

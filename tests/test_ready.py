@@ -9,6 +9,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch._dynamo.testing
 from helpers import generator, random_weight, relative_error
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -73,8 +74,6 @@ def kernels(monkeypatch):
 
     monkeypatch.setattr(launchers, "decode", decode)
     monkeypatch.setattr(cuda, "_current_stream", lambda device: 7)
-    autocast = torch.is_autocast_enabled
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": autocast(device))
     monkeypatch.setattr(cuda, "_current_device", lambda: None)  # a CPU's index
     monkeypatch.setattr(
         cuda, "_empty", lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype)
@@ -244,6 +243,9 @@ def test_a_gradient_takes_the_op(kernels):
     with torch.no_grad():
         assert torch.equal(layer(draw(2, K)), expected(plain, draw(2, K)))
     assert launches(kernels) == count + 1
+    for _ in range(2):
+        layer(draw(2, K)).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((N,), 4.0).half())
 
 
 class Watch(TorchDispatchMode):

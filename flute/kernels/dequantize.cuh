@@ -21,7 +21,7 @@ namespace flute {
 
 constexpr int kDequantizeWarps = 8;
 
-// Passed by value; flute/jit/launch.py packs the same fields in the same order.
+// Passed by value; flute/launchers.py packs the same fields in the same order.
 struct DequantizeParams {
   const void* packed;  // (tiles, num_chunks, chunk bytes)
   const void* scales;  // as in DecodeParams

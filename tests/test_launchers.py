@@ -1,0 +1,114 @@
+"""What kernels are given: the structures that the headers declare, and the ranges of rows."""
+
+from __future__ import annotations
+
+import re
+import struct
+
+import pytest
+import torch
+from helpers import packed_weight, random_weight
+
+from flute import launchers
+from flute.candidates import heuristic
+from flute.config import Gpu
+from flute.format import QuantSpec
+from flute.jit import launch
+
+
+@pytest.fixture(autouse=True)
+def driver(monkeypatch):
+    monkeypatch.setattr(launch, "_driver", lambda: {"cuLaunchKernelEx": lambda *a: 0})
+    monkeypatch.setattr(launchers, "_launchers", {})
+    monkeypatch.setattr(launchers, "gpu_of", lambda device: Gpu())
+    monkeypatch.setattr(launchers, "_function", lambda source, device: 1)
+
+
+def fields(header: str, name: str) -> list[tuple[str, int]]:
+    """(name, how many) of the members of a structure, in order; pointers first."""
+    text = (launchers.KERNELS / header).read_text()
+    body = re.sub(r"//.*", "", re.search(rf"struct {name} {{(.*?)}};", text, re.DOTALL)[1])
+    found = []
+    for kind, names in re.findall(r"(const void\*|void\*|float\*|int)\s+([^;]+);", body):
+        for member in names.split(","):
+            match = re.fullmatch(r"\s*(\w+)(?:\[(\d+)\])?\s*", member)
+            assert kind != "int" or found
+            found.append((match[1], int(match[2] or 1)))
+    return found
+
+
+def unpack(params: bytes, members: list[tuple[str, int]], num_pointers: int) -> dict:
+    values = struct.unpack(f"{num_pointers}Q{sum(n for _, n in members[num_pointers:])}i", params)
+    out, at = {}, 0
+    for name, count in members:
+        out[name] = values[at] if count == 1 else values[at : at + count]
+        at += count
+    return out
+
+
+WEIGHTS = [
+    ((), 40, 1, (3,) * 8),
+    ((16, 40), 40, 2, (1, 3, 3, 3, 3, 3, 3, 3)),
+    (tuple(range(16, 129, 16)), 128, 8, tuple(range(1, 9))),
+    ((64, 80, 101), 101, 3, (4, 5, 7, 7, 7, 7, 7, 7)),
+]
+
+
+@pytest.mark.parametrize(("ends", "N", "num_ranges", "range_end"), WEIGHTS)
+def test_decode_params(ends, N, num_ranges, range_end):
+    weight = packed_weight(random_weight(N, 512, QuantSpec(4, 64), table_ends=ends))
+    launcher, _ = launchers.decode(weight, 3, torch.float16, torch.device("cuda", 1))
+    members = fields("traits.cuh", "DecodeParams")
+    assert [name for name, _ in members[:7]] == [
+        *("x", "packed", "scales", "table", "bias", "workspace", "out")
+    ]
+    assert launcher.slots == tuple(range(0, 56, 8))
+    params = unpack(launcher.params, members, 7)
+    assert [params[f"shape_{i}"] for i in "mnk"] == [3, N, 512]
+    assert (params["num_chunks"], params["num_phases"]) == (8, 1)
+    assert (params["num_ranges"], params["range_end"]) == (num_ranges, range_end)
+    plan = heuristic(launchers.problem_of(weight, 3, torch.float16), Gpu())
+    assert params["x_stride"] == plan.config.x_stride(512)
+
+
+@pytest.mark.parametrize(("ends", "N", "num_ranges", "range_end"), WEIGHTS)
+def test_dequantize_params(ends, N, num_ranges, range_end):
+    weight = packed_weight(random_weight(N, 512, QuantSpec(4, 64), table_ends=ends))
+    device = torch.device("cuda", 0)
+    launcher = launchers.dequantize(weight, 24, 1, torch.float16, device)
+    members = fields("dequantize.cuh", "DequantizeParams")
+    assert [name for name, _ in members[:4]] == ["packed", "scales", "table", "out"]
+    params = unpack(launcher.params, members, 4)
+    assert (params["shape_n"], params["shape_k"], params["first_tile"]) == (N, 512, 1)
+    assert (params["num_ranges"], params["range_end"]) == (num_ranges, range_end)
+    assert launchers.dequantize(weight, 24, 1, torch.float16, device) is launcher
+
+
+def test_launchers_are_shared_by_weights_of_the_same_ranges_only():
+    device, found = torch.device("cuda", 0), set()
+    for ends in ((16, 40), (32, 40), ()):
+        for seed in range(2):
+            weight = random_weight(40, 512, QuantSpec(4, 64), table_ends=ends, seed=seed)
+            launcher, _ = launchers.decode(packed_weight(weight), 1, torch.float16, device)
+            found.add(launcher)
+    per_row = packed_weight(random_weight(40, 512, QuantSpec(4, 64), per_row=True))
+    found.add(launchers.decode(per_row, 1, torch.float16, device)[0])
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize(
+    ("ends", "taken"),
+    [
+        ((), True),
+        ((5,), True),
+        ((16, 21), True),
+        ((15, 32), False),
+        (tuple(range(16, 129, 16)), True),
+        (tuple(range(16, 145, 16)), False),
+    ],
+)
+def test_ranges_that_kernels_take(ends, taken):
+    assert launchers.takes_ranges(ends) is taken
+    N = ends[-1] if ends else 16
+    weight = packed_weight(random_weight(N, 64, QuantSpec(4, 64), table_ends=ends))
+    assert launchers.problem_of(weight, 1, torch.float16).row_tables is not taken
