@@ -245,9 +245,7 @@ def make_ready(x: Tensor, weight: PackedWeight, parameters: dict[str, Any]) -> R
     """
     M, device = x.numel() // max(1, weight.K), x.device
     bias: Tensor | None = None if parameters["bias"] is None else parameters["bias"].data
-    if not 1 <= M <= DECODE_M or not weight.N:
-        return None
-    if not takes_ranges(weight.table_ends) or not weight.table.is_contiguous():
+    if not 1 <= M <= DECODE_M or not weight.N or _with_readable_table(weight) is not weight:
         return None
     if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):
         return None
