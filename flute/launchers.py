@@ -281,7 +281,16 @@ def product_of(
     table_ends: tuple[int, ...] = (),
     device: int = 0,
 ) -> Product:
-    """Return the product by a plan's loaded kernel; see `decode_launcher`, `batch_launcher`."""
+    """Return the product by a plan's loaded kernel.
+
+    Args:
+        function: CUfunction of ``plan.config``'s kernel.
+        plan: the kernel and how to launch it.
+        problem: what it multiplies.
+        gpu: where it runs.
+        table_ends: where each range of rows ends; empty if there is one table, or one per row.
+        device: ordinal of the GPU.
+    """
     rest = (problem, gpu, table_ends, device)
     if isinstance(plan, BatchPlan):
         launcher = batch_launcher(function, plan, *rest)

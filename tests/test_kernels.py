@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_config import GPUS
 
-from flute import device, launchers
+from flute import batch, device, launchers
 from flute.candidates import heuristic
 from flute.config import Gpu, Problem
 from flute.jit.compiler import KernelCompileError, Source, compile_cubin
@@ -31,11 +31,30 @@ def check_report(log: str) -> None:
     assert set(found) == {("0", "0", "0")}, log
 
 
+BATCH_SPREAD = [
+    Problem(4, 128, "float16", "float16", False, 16, 57344, 8192),
+    Problem(3, 32, "bfloat16", "float32", False, 32, 4096, 4096),
+    Problem(2, 0, "float16", "bfloat16", False, 48, 4096, 14336),
+    Problem(4, 64, "bfloat16", "bfloat16", True, 64, 8192, 28672),
+    Problem(2, 128, "float16", "float16", False, 96, 1000, 11008),
+    Problem(4, 256, "float16", "float16", False, 128, 57344, 8192),
+    Problem(3, 128, "bfloat16", "bfloat16", False, 256, 57344, 8192),
+]
+
+
+@pytest.mark.parametrize("problem", BATCH_SPREAD, ids=lambda p: f"{p.num_bits} bits, M={p.m}")
+def test_batch_kernels_compile_without_spills(problem):
+    plan = batch.candidates(problem, Gpu())[0]
+    cubin = compile_cubin(launchers.source_of(plan), Gpu().arch)
+    check_report(cubin.log)
+    assert "serialized" not in cubin.log  # ptxas: wgmma one by one
+
+
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.arch)
 def test_kernels_compile_without_spills(gpu):
     for problem in SPREAD:
-        config = heuristic(problem, gpu).config
-        for source in (launchers.decode_source(config), launchers.dequantize_source(problem)):
+        plan = heuristic(problem, gpu)
+        for source in (launchers.source_of(plan), launchers.dequantize_source(problem)):
             cubin = compile_cubin(source, gpu.arch)
             assert cubin.code.startswith(b"\x7fELF")
             assert source.name.split("<")[0].split("::")[1] in cubin.symbol

@@ -10,16 +10,19 @@ import torch
 from helpers import packed_weight, random_weight
 
 from flute import launchers
+from flute.batch import BatchPlan
 from flute.candidates import heuristic
 from flute.config import Gpu
 from flute.format import QuantSpec
 from flute.jit import launch
+from flute.plans import SplitPlan, plans_of
 
 
 @pytest.fixture(autouse=True)
 def driver(monkeypatch):
     monkeypatch.setattr(launch, "_driver", lambda: {"cuLaunchKernelEx": lambda *a: 0})
     monkeypatch.setattr(launchers, "_launchers", {})
+    monkeypatch.setattr(launchers, "_products", {})
     monkeypatch.setattr(launchers, "gpu_of", lambda device: Gpu())
     monkeypatch.setattr(launchers, "_function", lambda source, device: 1)
 
@@ -57,7 +60,7 @@ WEIGHTS = [
 @pytest.mark.parametrize(("ends", "N", "num_ranges", "range_end"), WEIGHTS)
 def test_decode_params(ends, N, num_ranges, range_end):
     weight = packed_weight(random_weight(N, 512, QuantSpec(4, 64), table_ends=ends))
-    launcher, _ = launchers.decode(weight, 3, torch.float16, torch.device("cuda", 1))
+    launcher = launchers.product(weight, 3, torch.float16, torch.device("cuda", 1)).launcher
     members = fields("traits.cuh", "DecodeParams")
     assert [name for name, _ in members[:7]] == [
         *("x", "packed", "scales", "table", "bias", "workspace", "out")
@@ -69,6 +72,35 @@ def test_decode_params(ends, N, num_ranges, range_end):
     assert (params["num_ranges"], params["range_end"]) == (num_ranges, range_end)
     plan = heuristic(launchers.problem_of(weight, 3, torch.float16), Gpu())
     assert params["x_stride"] == plan.config.x_stride(512)
+
+
+@pytest.mark.parametrize(
+    ("ends", "N", "num_ranges", "range_end"),
+    [
+        ((), 40, 1, (3,) * 8),
+        ((64, 192, 200), 200, 3, (4, 12, 13, 13, 13, 13, 13, 13)),
+    ],
+)
+@pytest.mark.parametrize("M", [9, 64, 300])
+def test_batch_params(M, ends, N, num_ranges, range_end):
+    weight = packed_weight(random_weight(N, 512, QuantSpec(4, 64), table_ends=ends))
+    problem = launchers.problem_of(weight, M, torch.float16)
+    plan = next(p for p in plans_of(problem, Gpu()) if isinstance(p, BatchPlan))
+    launcher = launchers.batch_launcher(1, plan, problem, Gpu(), ends)
+    members = fields("batch.cuh", "BatchParams")
+    assert [name for name, _ in members[:5]] == ["packed", "scales", "table", "bias", "out"]
+    assert launcher.slots == tuple(range(128, 168, 8))
+    params = unpack(launcher.params[128:], members, 5)
+    assert (params["shape_m"], params["shape_n"], params["num_chunks"]) == (M, N, 8)
+    assert params["num_token_tiles"] == -(-M // plan.config.tokens)
+    assert (params["num_ranges"], params["range_end"]) == (num_ranges, range_end)
+
+
+def test_a_batch_kernel_gets_blocks_of_one_table():
+    for ends, kind in (((64, 200), BatchPlan), ((16, 200), SplitPlan)):
+        weight = random_weight(200, 8192, QuantSpec(4, 64), table_ends=ends)
+        problem = launchers.problem_of(packed_weight(weight), 40, torch.float16)
+        assert isinstance(launchers.choose(problem, ends, Gpu()), kind)
 
 
 @pytest.mark.parametrize(("ends", "N", "num_ranges", "range_end"), WEIGHTS)
@@ -89,10 +121,10 @@ def test_launchers_are_shared_by_weights_of_the_same_ranges_only():
     for ends in ((16, 40), (32, 40), ()):
         for seed in range(2):
             weight = random_weight(40, 512, QuantSpec(4, 64), table_ends=ends, seed=seed)
-            launcher, _ = launchers.decode(packed_weight(weight), 1, torch.float16, device)
-            found.add(launcher)
+            product = launchers.product(packed_weight(weight), 1, torch.float16, device)
+            found.add(product.launcher)
     per_row = packed_weight(random_weight(40, 512, QuantSpec(4, 64), per_row=True))
-    found.add(launchers.decode(per_row, 1, torch.float16, device)[0])
+    found.add(launchers.product(per_row, 1, torch.float16, device).launcher)
     assert len(found) == 4
 
 

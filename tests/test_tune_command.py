@@ -10,13 +10,14 @@ import torch
 from helpers import DEMO_MODEL, edit_json, save_tiny
 
 from flute import model_shapes
+from flute.batch import BatchPlan
 from flute.candidates import candidates
 from flute.cli import build_parser, main
 from flute.cli.tune import problems_of
 from flute.config import Gpu, KernelConfig, Plan, Problem
 from flute.model_shapes import MODELS, layer_shapes, shapes_of
-from flute.tune import Result, default_plan, plans_of, settle, steps
-from flute.tuning import DensePlan, SplitPlan
+from flute.plans import DensePlan, SplitPlan, default_plan
+from flute.tune import Result, plans_to_time, settle, steps
 
 GPU = Gpu(name="NVIDIA H200")
 PROBLEM = Problem(4, 128, "float16", "float16", False, 8, 4096, 4096)
@@ -32,14 +33,19 @@ def serves(plan, m):
 
 
 def test_the_heuristics_plan_comes_first_and_every_way_is_tried():
-    few, some, many = (plans_of(PROBLEM._replace(m=m), GPU) for m in (8, 24, 512))
-    assert few == candidates(PROBLEM, GPU)
-    assert some[0] == SplitPlan(16)
-    assert set(some) == {*candidates(PROBLEM._replace(m=24), GPU), SplitPlan(16), DensePlan()}
-    assert many == [DensePlan(), SplitPlan(16)]
-    assert plans_of(PROBLEM, GPU, top=3) == few[:3]
+    few, some, many = (plans_to_time(PROBLEM._replace(m=m), GPU) for m in (8, 24, 512))
+    assert few[: len(candidates(PROBLEM, GPU))] == candidates(PROBLEM, GPU)
+    assert isinstance(some[0], BatchPlan)
+    assert set(candidates(PROBLEM._replace(m=24), GPU)) < set(some)
+    assert isinstance(many[0], BatchPlan)
+    assert many[-1] == DensePlan()
+    assert plans_to_time(PROBLEM._replace(m=8192), GPU)[0] == DensePlan()
+    assert plans_to_time(PROBLEM, GPU, top=3) == few[:3]
+    assert plans_to_time(PROBLEM._replace(m=512), GPU, top=1) == [many[0], DensePlan()]
+    older = replace(GPU, arch="sm_80")
+    assert plans_to_time(PROBLEM._replace(m=24), older)[:2] == [SplitPlan(16), DensePlan()]
     tiny = replace(GPU, smem_bytes=1000)
-    assert plans_of(PROBLEM._replace(m=1), tiny) == [DensePlan()]
+    assert plans_to_time(PROBLEM._replace(m=1), tiny) == [DensePlan()]
     assert default_plan(PROBLEM, GPU) == few[0]
 
 

@@ -12,7 +12,8 @@ from flute import tuning
 from flute.candidates import candidates
 from flute.config import Gpu, KernelConfig, Plan, Problem
 from flute.errors import FormatError
-from flute.tuning import DensePlan, Record, SplitPlan, choose, decode, encode, lookup
+from flute.plans import DensePlan, SplitPlan
+from flute.tuning import Record, choose, decode, encode, lookup
 
 GPU = Gpu(name="NVIDIA H200")
 PROBLEM = Problem(4, 128, "float16", "float16", False, 8, 4096, 4096)
@@ -101,7 +102,7 @@ def test_what_is_not_known_is_left_to_the_heuristic():
     assert lookup(PROBLEM, Gpu()) is None
     assert lookup(PROBLEM, replace(GPU, num_sms=66)) is None
     assert choose(PROBLEM, GPU) == plan_at(3)
-    assert choose(PROBLEM, replace(GPU, smem_bytes=1000)) is None
+    assert choose(PROBLEM, replace(GPU, smem_bytes=1000)) == DensePlan()
 
 
 @pytest.mark.parametrize(

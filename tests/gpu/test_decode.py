@@ -14,17 +14,17 @@ from helpers import DEMO_MODEL, TOLERANCE, random_weight, relative_error
 
 import flute
 from flute import cuda, launchers
-from flute.candidates import heuristic
 from flute.device import gpu_of
 from flute.errors import UnsupportedProblemError
 from flute.format import PackedWeight, QuantizedWeight, QuantSpec, table_per_row
 from flute.jit.cache import load_or_compile
+from flute.plans import KernelPlan, SplitPlan
 from flute.stream import quantize_checkpoint
 
 CUDA = torch.device("cuda")
 KS = [32, 64, 96, 160, 256, 512, 1024, 3584, 4096, 4608, 11008]
 NS = [1, 2, 15, 16, 17, 33, 100, 127, 256, 500, 1000, 2049]
-MS = [1, 1, 2, 3, 5, 8, 9, 16, 17, 24, 31, 32, 33, 96, 97, 130]
+MS = [1, 1, 2, 3, 5, 8, 9, 16, 17, 24, 31, 32, 33, 64, 65, 96, 97, 130, 200, 300, 600, 2100]
 
 
 def make(N, K, spec, *, bias=None, **kwargs):
@@ -59,13 +59,18 @@ def compile_for(cases):
     gpu, sources = gpu_of(torch.device("cuda", 0)), {}
     for spec, dtype, scale_dtype, tables, _, _, M, N, K in cases:
         scales, table = torch.empty(0, dtype=scale_dtype), torch.empty(1 + (tables == "row"), 0)
-        weight = PackedWeight(scales, scales, table, spec, N, K)
+        ends = tables if isinstance(tables, tuple) else ()
+        weight = PackedWeight(scales, scales, table, spec, N, K, ends)
         problem = launchers.problem_of(weight, M, dtype)
         sources[launchers.dequantize_source(problem)] = None
-        for m in {min(M, 16), (M - 16)} if M <= 32 else ():
-            if m > 0:
-                plan = heuristic(problem._replace(m=m), gpu)
-                sources[launchers.decode_source(plan.config)] = None
+        plan = launchers.choose(problem, weight.table_ends, gpu)
+        sizes = [M]
+        if isinstance(plan, SplitPlan):
+            sizes = [m for m in (plan.tokens, M % plan.tokens) if m]
+        for m in sizes:
+            plan = launchers.choose(problem._replace(m=m), weight.table_ends, gpu)
+            if isinstance(plan, KernelPlan):
+                sources[launchers.source_of(plan)] = None
     with ThreadPoolExecutor(14) as pool:
         list(pool.map(lambda source: load_or_compile(source, gpu.arch), sources))
     return len(sources)
@@ -371,7 +376,8 @@ def test_doctor_names_the_paths():
     from flute.ops import path_of
 
     path = path_of(torch.device("cuda", 0), torch.float16)
-    assert f"M <= {cuda.MAX_DECODE_M}: decode kernels for sm_" in path
+    assert "decode kernels for sm_" in path
+    assert ("batch kernels" in path) == (torch.cuda.get_device_capability() == (9, 0))
     assert "slow; no kernels: kernels take 16-bit" in path_of(
         torch.device("cuda", 0), torch.float32
     )

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import flute
-from flute import cuda, tune, tuning
+from flute import launchers, tune, tuning
 from flute.candidates import candidates
 from flute.cli import main
 from flute.config import Plan, Problem
+from flute.device import gpu_of
 from flute.format import QuantizedWeight, QuantSpec
 from flute.timing import capture, rotated_copies, time_graphs_us, time_us
 
@@ -26,10 +27,10 @@ def results(tmp_path, monkeypatch):
     folder = tmp_path / "tuning"
     monkeypatch.setattr(tuning, "user_folder", lambda: folder)
     tuning.forget()
-    cuda._launchers.clear()
+    launchers._products.clear()
     yield folder
     tuning.forget()
-    cuda._launchers.clear()
+    launchers._products.clear()
 
 
 def problem(m, **changes):
@@ -43,15 +44,15 @@ def test_tuned_plans_are_written_and_used(results, capsys):
     report = json.loads(capsys.readouterr().out)
     assert [r["m"] for r in report["results"]] == [1, 16, 40]
     assert report["worst_ratio"] >= 0.98
-    path = results / tuning.file_name(cuda.gpu_of(DEVICE))
+    path = results / tuning.file_name(gpu_of(DEVICE))
     assert report["output"] == str(path)
     store = tuning.read(path)
     assert set(store[problem(0)]) == {1, 16, 40}
-    assert tuning.lookup(problem(1), cuda.gpu_of(DEVICE)) is not None
+    assert tuning.lookup(problem(1), gpu_of(DEVICE)) is not None
 
 
 def test_a_call_takes_the_tuned_plan(results):
-    gpu = cuda.gpu_of(DEVICE)
+    gpu = gpu_of(DEVICE)
     other = candidates(problem(1), gpu)[4]
     record = tuning.Record(tuning.encode(other), 1.0)
     tuning.write(results / tuning.file_name(gpu), gpu, {problem(0): {1: record}})
@@ -62,8 +63,8 @@ def test_a_call_takes_the_tuned_plan(results):
     layer.to_kernel_order()
     x = torch.randn(1, SHAPE[1], device=DEVICE).half()
     out = layer(x)
-    (name,) = {launcher.name for launcher, _ in cuda._launchers.values()}
-    assert name == str(other.config)
+    (product,) = launchers._products.values()
+    assert product.plan == other
     exact = x.double() @ layer.dequantize().double().T
     assert ((out.double() - exact).norm() / exact.norm()).item() < 1e-3
 
@@ -86,13 +87,13 @@ def test_a_wrong_plan_is_never_kept(monkeypatch):
     tuner = tune.Tuner([problem(1)], DEVICE, top=2)
     tuner.compile(lambda done, total: None)
     wrong = tuner.plans[problem(1)][1]
-    launcher = cuda.decode_launcher
+    right = launchers.product_of
 
-    def half(function, plan, product, gpu):
-        rows = product.n // 2 if plan == wrong else product.n
-        return launcher(function, plan, product._replace(n=rows), gpu)
+    def half(function, plan, asked, *rest):
+        rows = asked.n // 2 if plan == wrong else asked.n
+        return right(function, plan, asked._replace(n=rows), *rest)
 
-    monkeypatch.setitem(tune._LAUNCHERS, Plan, half)
+    monkeypatch.setattr(tune, "product_of", half)
     ((result,),) = tuner.measure()
     assert result.best != wrong
     assert "wrong: it differs" in result.refused[wrong]

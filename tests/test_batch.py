@@ -1,0 +1,100 @@
+"""Batch plans: one for every problem on sm_90a, each within its own rules; their predicted cost."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import replace
+
+import pytest
+from test_config import GPUS, random_problem
+
+from flute.batch import (
+    TOKENS,
+    BatchConfig,
+    BatchPlan,
+    candidates,
+    num_clusters,
+    predicted_us,
+    supports,
+)
+from flute.config import Gpu, Problem
+from flute.plans import DensePlan, SplitPlan, default_plan, plans_of
+
+GPU = Gpu()
+
+
+def test_every_problem_has_plans_and_they_are_supported():
+    rng = random.Random(0)
+    for _ in range(150):
+        problem = random_problem(rng)._replace(m=rng.choice((1, 9, 16, 33, 100, 129, 300, 4096)))
+        plans = candidates(problem, GPU)
+        assert plans, problem
+        m, n, k = problem[-3:]
+        for plan in plans:
+            assert supports(plan, m, n, k, GPU) == ""
+            assert plan.config.smem_bytes <= GPU.smem_bytes
+        times = [predicted_us(plan, m, n, k, GPU) for plan in plans]
+        assert times == sorted(times)
+
+
+@pytest.mark.parametrize("gpu", GPUS[1:], ids=lambda gpu: gpu.arch)
+def test_other_gpus_have_none(gpu):
+    problem = Problem(4, 128, "float16", "float16", False, 64, 4096, 4096)
+    assert candidates(problem, gpu) == []
+    assert plans_of(problem, gpu)[:2] == [SplitPlan(16), DensePlan()]
+    assert default_plan(problem._replace(m=97), gpu) == DensePlan()
+
+
+@pytest.mark.parametrize(
+    ("changes", "k", "rule"),
+    [
+        ({"tokens": 40}, 4096, r"tokens=40 must be one of"),
+        ({}, 4000, r"K=4000 must be a multiple of 32 and of group_size=128"),
+        ({}, 128, r"group_size=128 is the whole row of K=128"),
+        ({"cluster": 8}, 1024, r"K=1024 has fewer panels of 256 than cluster=8 blocks"),
+        ({"stages": 1}, 4096, r"a stage is filled while another is used"),
+        ({"stages": 9}, 4096, r"bytes of shared memory exceed 232448"),
+    ],
+)
+def test_broken_rules_are_named(changes, k, rule):
+    plan = BatchPlan(replace(BatchConfig(), **changes))
+    assert re.search(rule, supports(plan, 16, 4096, k, GPU))
+
+
+def test_the_source_holds_every_constant_and_the_instruction():
+    config = BatchConfig(tokens=24, dtype="bfloat16")
+    text = config.source()
+    assert "static constexpr int tokens = 24;" in text
+    assert "static constexpr bool scale_sums = true;" in text
+    assert "m64n24k16.f32.bf16.bf16" in text
+    assert text.count('"+f"(d[') == 12
+
+
+def test_clusters_are_no_more_than_run_at_once():
+    shape = {"m": 16, "n": 57344, "num_sms": 132}
+    counts = [num_clusters(BatchConfig(cluster=c), **shape) for c in (1, 2, 4, 8)]
+    assert counts == [132, 66, 30, 15]
+    assert num_clusters(BatchConfig(), 16, 100, 132) == 2
+    assert num_clusters(BatchConfig(), 40, 100, 132) == 6
+
+
+@pytest.mark.parametrize("shape", [(57344, 8192), (8192, 28672), (4096, 4096), (28672, 4096)])
+def test_more_tokens_are_never_predicted_much_cheaper_each(shape):
+    n, k = shape
+
+    def per_token(m):
+        plan = candidates(Problem(4, 128, "float16", "float16", False, m, n, k), GPU)[0]
+        return predicted_us(plan, m, n, k, GPU) / m
+
+    for below, above in zip(TOKENS[1:], TOKENS[2:], strict=False):
+        assert per_token(above) < 1.15 * per_token(below)
+
+
+def test_the_dispatcher_by_tokens():
+    def kind(m, n=57344, k=8192):
+        return type(default_plan(Problem(4, 128, "float16", "float16", False, m, n, k), GPU))
+
+    kinds = [kind(m).__name__ for m in (1, 8, 9, 2048, 2049)]
+    assert kinds == ["Plan", "Plan", "BatchPlan", "BatchPlan", "DensePlan"]
+    assert [kind(m, 4096, 4096).__name__ for m in (16, 17)] == ["Plan", "BatchPlan"]
