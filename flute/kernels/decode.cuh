@@ -59,7 +59,8 @@ namespace flute {
 template <class D, int ROUND>
 FLUTE_DEVICE void multiply_slot(float (&acc)[D::kColumns][4], const XFragments<D>& x,
                                 typename D::Ring& ring, Cursor<D>& next, const DecodeParams& p,
-                                u32 smem_table, u32 offset, int lane) {
+                                const typename D::Registers& registers, u32 smem_table, u32 offset,
+                                int lane) {
   using Table = typename D::Table;
   // Why in parts: more words at once cost registers, which spill (M > 8, or groups of 32).
   constexpr int kPart = D::kPanel < D::kPartChunks ? D::kPanel : D::kPartChunks;
@@ -94,7 +95,8 @@ FLUTE_DEVICE void multiply_slot(float (&acc)[D::kColumns][4], const XFragments<D
       if constexpr (D::kRowTables)
         Table::row_fragments(a, words[j], smem_table, offset);
       else
-        Table::fragments(a, words[j], smem_table, offset);
+        Table::template mixed_fragments<D::kRegisterSteps>(a, words[j], smem_table, offset,
+                                                           registers);
 #pragma unroll
       for (int st = 0; st < 4; st++) {
         constexpr int kUnit = D::kUnitSteps;
@@ -122,6 +124,31 @@ FLUTE_DEVICE void multiply_slot(float (&acc)[D::kColumns][4], const XFragments<D
   }
 }
 
+// A table to shared memory, by the whole block, and to registers.
+template <class D>
+FLUTE_DEVICE void load_table(typename D::Registers& registers, u32 smem, const float* table) {
+  if constexpr (D::kRegisterSteps > 0) registers.template load<typename D::Act>(table);
+  if constexpr (D::kRegisterSteps < 4)
+    D::Table::template build<typename D::Act>(smem, table, threadIdx.x, D::kThreads);
+}
+
+// What this thread adds to the tables of a tile block's rows.
+template <class D>
+struct BlockRows {
+  RowEntries<D::kBits, typename D::Act, D::kThreads> tiles[D::kTiles];
+
+  FLUTE_DEVICE void load(const DecodeParams& p, int tile) {
+#pragma unroll
+    for (int t = 0; t < D::kTiles; t++)
+      tiles[t].load(static_cast<const float*>(p.table), (tile + t) * 16, p.shape_n, threadIdx.x);
+  }
+  FLUTE_DEVICE void store(u32 smem) const {
+#pragma unroll
+    for (int t = 0; t < D::kTiles; t++)
+      tiles[t].template store<typename D::Table>(smem + t * D::Table::kRowTableBytes, threadIdx.x);
+  }
+};
+
 template <int VALUE>
 struct Constant {
   static constexpr int kValue = VALUE;
@@ -140,22 +167,33 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
   const u32 x_barriers = barriers + (D::kXBarriers + warp * share.num_rounds) * 8;
 
   const float* tables = static_cast<const float*>(p.table);
+  typename D::Registers registers;
   int range = 0;
   if constexpr (!D::kRowTables) {
     while (range + 1 < p.num_ranges && share.tile_begin >= p.range_end[range]) range++;
-    D::Table::template build<typename D::Act>(smem, tables + (range << D::kBits), threadIdx.x,
-                                              D::kThreads);
+    load_table<D>(registers, smem, tables + (range << D::kBits));
+  } else if constexpr (D::kRowBuffers == 2) {
+    BlockRows<D> first;
+    first.load(p, share.tile_begin);
+    first.store(smem);
   }
+  u32 smem_rows = smem;  // tables of this tile block's rows
   __syncthreads();
   ptx::griddepcontrol_wait();
 
   XFragments<D> x;
+  XRows<D> rows[D::kColumns];  // streamed: of the next round
   u32 x_row[D::kColumns];
+  const u32 stage = smem_x + warp * min(p.shape_m, 8) * XRows<D>::kStride;
   if constexpr (Config::x_source == kXShared) {
     fetch_x<D>(smem_x, x_barriers, p, share, warp, lane);
 #pragma unroll
     for (int c = 0; c < D::kColumns; c++)
       x_row[c] = smem_x + min(c * 8 + (lane & 7), p.shape_m - 1) * p.x_stride + (lane >> 3) * 16;
+  }
+  if constexpr (Config::x_source == kXStreamed) {
+#pragma unroll
+    for (int c = 0; c < D::kColumns; c++) rows[c].load(p, share, c, warp, lane);
   }
 
   u32 offset = D::kRowTables ? D::Table::row_lane_offset(lane) : D::Table::lane_offset(lane);
@@ -171,13 +209,15 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
         share.set_phase(p, phase);
         reduction.phase = phase;
       }
-      x.load_once(p, share.panel_begin, share.num_panels, smem_x + warp * min(p.shape_m, 8) * 144,
-                  warp, lane);
+      x.load_once(p, share, stage, warp, lane);
     }
     int count;
     for (int tile = share.tile_begin; tile < share.tile_end; tile += count) {
       count = share.block_tiles(p, tile);
-      if constexpr (D::kRowTables) {
+      BlockRows<D> next_rows;
+      if constexpr (D::kRowTables && D::kRowBuffers == 2) {
+        next_rows.load(p, tile + count < share.tile_end ? tile + count : share.tile_begin);
+      } else if constexpr (D::kRowTables) {
         __syncthreads();
         for (int t = 0; t < count; t++)
           D::Table::template build_rows<typename D::Act>(smem + t * D::Table::kRowTableBytes,
@@ -189,8 +229,7 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
         range = 0;
         while (tile >= p.range_end[range]) range++;
         __syncthreads();
-        D::Table::template build<typename D::Act>(smem, tables + (range << D::kBits), threadIdx.x,
-                                                  D::kThreads);
+        load_table<D>(registers, smem, tables + (range << D::kBits));
         __syncthreads();
       }
 
@@ -200,8 +239,8 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
         for (int t = 0; t < D::kTiles; t++)
           if (t < count)
             multiply_slot<D, decltype(round)::kValue>(
-                acc[t], x, ring, next, p, smem + (D::kRowTables ? t * D::Table::kRowTableBytes : 0),
-                offset, lane);
+                acc[t], x, ring, next, p, registers,
+                D::kRowTables ? smem_rows + t * D::Table::kRowTableBytes : smem, offset, lane);
       };
       if constexpr (D::kXStays) {
         if (warp < share.num_panels) multiply_round(Constant<0>());
@@ -215,11 +254,23 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
           if constexpr (Config::x_source == kXShared) {
             if (tile == share.tile_begin) ptx::mbarrier_wait(x_barriers + round * 8, 0);
             x.load_shared(x_row, panel * D::kPanel * 64);
+          } else if constexpr (Config::x_source == kXStreamed) {
+            const int after = panel + D::kWarps < share.num_panels ? panel + D::kWarps : warp;
+#pragma unroll
+            for (int c = 0; c < D::kColumns; c++) {
+              x.transpose(rows[c], p, c, stage, lane);
+              rows[c].load(p, share, c, after, lane);
+            }
           } else {
             x.load_global(p, (share.panel_begin + panel) * D::kPanel * 64, lane >> 2, lane & 3);
           }
           multiply_round(Constant<0>());
         }
+      }
+      // The barrier in the sum parts this tile block's lookups from the next one's.
+      if constexpr (D::kRowTables && D::kRowBuffers == 2) {
+        smem_rows = smem + (smem_rows == smem ? D::kBufferBytes : 0);
+        next_rows.store(smem_rows);
       }
       reduction.run(acc, tile, count, p);
     }

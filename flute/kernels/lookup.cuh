@@ -43,6 +43,29 @@ FLUTE_DEVICE u32 table_pair(const float* table, int pair) {
   return lo | (hi << 16);
 }
 
+// A table in registers, the bytes of its 16-bit values apart: byte i of `low` (`high`) is the low
+// (high) byte of entry i. PRMT picks four bytes of two registers by the nibbles of a selector.
+template <int NUM_BITS>
+struct RegisterTable {
+  static_assert(NUM_BITS < 4, "PRMT selects among 8 bytes");
+  static constexpr int kWords = (1 << NUM_BITS) / 4;
+  u32 low[kWords], high[kWords];
+  u32 mask;  // 0x03030303
+
+  template <class Act>
+  FLUTE_DEVICE void load(const float* table) {
+    // Why a shuffle: ptxas would put the constant into a register anew for every use.
+    mask = __shfl_sync(0xFFFFFFFFu, 0x03030303u, 0);
+#pragma unroll
+    for (int i = 0; i < kWords; i++) {
+      const u32 v01 = table_pair<NUM_BITS, Act>(table, (i * 4) | (i * 4 + 1) << NUM_BITS),
+                v23 = table_pair<NUM_BITS, Act>(table, (i * 4 + 2) | (i * 4 + 3) << NUM_BITS);
+      low[i] = __byte_perm(v01, v23, 0x6420);
+      high[i] = __byte_perm(v01, v23, 0x7531);
+    }
+  }
+};
+
 // The tables of one tile of 16 rows, for lookups by pair: entry `pair` at pair * 256 + h * 128 +
 // lane * 4 holds the two values of row g + 8h. A lane serves two rows only, so per-row tables need
 // no lookup more than a common one.
@@ -57,6 +80,38 @@ FLUTE_DEVICE void build_row_pairs(u32 smem_table, const float* tables, int row, 
     ptx::st_shared_v4(smem_table + i * 16, v, v, v, v);
   }
 }
+
+// What one thread of a block adds to the tables of one tile: entries of one row whose lower code is
+// the same. In two parts, so that the reads from global memory fly while the block computes.
+template <int NUM_BITS, class Act, int NUM_THREADS>
+struct RowEntries {
+  static constexpr int kPairs = 1 << 2 * NUM_BITS, kStride = NUM_THREADS / 16;
+  static constexpr int kCount = kPairs > kStride ? kPairs / kStride : 1;
+  float low, high[kCount];
+
+  FLUTE_DEVICE void load(const float* tables, int row, int num_rows, int thread_idx) {
+    const float* table =
+        tables + (static_cast<long long>(min(row + (thread_idx & 15), num_rows - 1)) << NUM_BITS);
+    const int pair = thread_idx >> 4;
+    low = ptx::ld_global_nc_f32(table + (pair & ((1 << NUM_BITS) - 1)));
+#pragma unroll
+    for (int i = 0; i < kCount; i++)
+      if (pair + i * kStride < kPairs)
+        high[i] = ptx::ld_global_nc_f32(table + ((pair + i * kStride) >> NUM_BITS));
+  }
+
+  template <class Table>
+  FLUTE_DEVICE void store(u32 smem_table, int thread_idx) const {
+    const int pair = thread_idx >> 4;
+#pragma unroll
+    for (int i = 0; i < kCount; i++)
+      if (pair + i * kStride < kPairs) {
+        const u32 v = Act::from_float(low) | static_cast<u32>(Act::from_float(high[i])) << 16;
+        ptx::st_shared_v4(
+            smem_table + Table::row_entry(pair + i * kStride) + (thread_idx & 15) * 16, v, v, v, v);
+      }
+  }
+};
 
 // Look up one step's four pairs, a byte each, in tables with entry stride 256: one PRMT makes `byte
 // << 8 | lane * 4`.
@@ -103,8 +158,17 @@ struct Lookup<4> {
     }
   }
 
+  static constexpr FLUTE_DEVICE bool crossed(int, int) { return false; }
+  template <int REGISTER_STEPS>
+  static FLUTE_DEVICE void mixed_fragments(u32 (&a)[4][4], const u32 (&w)[kWords], u32 smem_table,
+                                           u32 offset, const RegisterTable<3>&) {
+    static_assert(REGISTER_STEPS == 0, "16 entries are too many for registers");
+    fragments(a, w, smem_table, offset);
+  }
+
   // One table per row: entry stride 256, the upper 128 bytes serve rows g + 8.
   static constexpr int kRowTableBytes = 256 * 256;
+  static FLUTE_DEVICE u32 row_entry(int pair) { return pair * 256; }
 
   template <class Act>
   static FLUTE_DEVICE void build_rows(u32 smem_table, const float* tables, int row, int num_rows,
@@ -172,8 +236,47 @@ struct Lookup<3> {
     }
   }
 
+  static constexpr FLUTE_DEVICE bool crossed(int, int) { return false; }
+
+  // The last REGISTER_STEPS steps by PRMT. A selector has a code per nibble: 4 codes take one PRMT
+  // for their low bytes, one for their high bytes, and two to put them together.
+  template <int REGISTER_STEPS>
+  static FLUTE_DEVICE void mixed_fragments(u32 (&a)[4][4], const u32 (&w)[kWords], u32 smem_table,
+                                           u32 offset, const RegisterTable<3>& table) {
+    static_assert(REGISTER_STEPS <= 4);
+    constexpr u32 kLow6 = 0x3F3F3F3F;
+    if constexpr (REGISTER_STEPS == 0) {
+      fragments(a, w, smem_table, offset);
+      return;
+    }
+    const u32 low = ((w[0] >> 6) & 0x03030303u) | ((w[1] >> 4) & ~0x03030303u);
+    const u32 pair = (low & 0x0F0F0F0Fu) | ((w[2] >> 2) & ~0x0F0F0F0Fu);
+#pragma unroll
+    for (int st = 0; st < 4; st++) {
+      if (st < 4 - REGISTER_STEPS) {
+        const u32 v = w[st] & kLow6;
+        a[st][0] = ptx::ld_table(smem_table + __byte_perm(v, offset, 0x7604));
+        a[st][1] = ptx::ld_table(smem_table + __byte_perm(v, offset, 0x7614));
+        a[st][2] = ptx::ld_table(smem_table + __byte_perm(v, offset, 0x7624));
+        a[st][3] = ptx::ld_table(smem_table + __byte_perm(v, offset, 0x7634));
+        continue;
+      }
+      const u32 v = st < 3 ? w[st] : pair;
+      const u32 nibbles = (v & 0x38383838u) * 2 + (v & 0x07070707u);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const u32 selector = half ? nibbles >> 16 : nibbles;
+        const u32 low = ptx::prmt(table.low[0], table.low[1], selector),
+                  high = ptx::prmt(table.high[0], table.high[1], selector);
+        a[st][half * 2] = __byte_perm(low, high, 0x5140);
+        a[st][half * 2 + 1] = __byte_perm(low, high, 0x7362);
+      }
+    }
+  }
+
   // One table per row: the unused half of each entry's stride serves rows g + 8.
   static constexpr int kRowTableBytes = 64 * 256;
+  static FLUTE_DEVICE u32 row_entry(int pair) { return pair * 256; }
 
   template <class Act>
   static FLUTE_DEVICE void build_rows(u32 smem_table, const float* tables, int row, int num_rows,
@@ -230,9 +333,51 @@ struct Lookup<2> {
     }
   }
 
+  // Whether step `st` takes its k in another order: the registers of half 0 then hold k = 2q and
+  // 2q + 8, those of half 1 the odd ones.
+  static constexpr FLUTE_DEVICE bool crossed(int register_steps, int st) {
+    return st < register_steps;
+  }
+
+  // The first REGISTER_STEPS steps by PRMT, one for each register: its selector's nibbles are (code,
+  // code | 4) twice. One multiplication doubles the codes in the same 2 bits of four bytes, sets the
+  // bits and makes the selectors of two steps; the codes of a register then come from two bytes,
+  // hence k in another order.
+  template <int REGISTER_STEPS>
+  static FLUTE_DEVICE void mixed_fragments(u32 (&a)[4][4], const u32 (&w)[kWords], u32 smem_table,
+                                           u32 offset, const RegisterTable<2>& table) {
+    static_assert(REGISTER_STEPS % 2 == 0, "a word's two steps go together");
+    if constexpr (REGISTER_STEPS == 0) {
+      fragments(a, w, smem_table, offset);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      if (i >= REGISTER_STEPS / 2) {
+        const u32 v = w[i];
+        ptx::ld_table_v2(a[i * 2][0], a[i * 2][1], smem_table + ((v & kMask) | offset));
+        ptx::ld_table_v2(a[i * 2][2], a[i * 2][3], smem_table + (((v >> 8) & kMask) | offset));
+        ptx::ld_table_v2(a[i * 2 + 1][0], a[i * 2 + 1][1],
+                         smem_table + (((v >> 16) & kMask) | offset));
+        ptx::ld_table_v2(a[i * 2 + 1][2], a[i * 2 + 1][3],
+                         smem_table + ((__funnelshift_l(v, v, 8) & kMask) | offset));
+        continue;
+      }
+#pragma unroll
+      for (int j = 0; j < 4; j++) {  // row g + 8 (j % 2), code j / 2 of the pair
+        const u32 codes = __funnelshift_r(w[i], w[i], 7 + 2 * j) & table.mask;
+        const u64 selectors = static_cast<u64>(codes | 0x003C7C40u) * 0x110011u;
+        a[i * 2][j] = ptx::prmt(table.low[0], table.high[0], static_cast<u32>(selectors));
+        a[i * 2 + 1][j] =
+            ptx::prmt(table.high[0], table.low[0], static_cast<u32>(selectors >> 32));
+      }
+    }
+  }
+
   // One table per row: pairs (index bits 0-1 and 4-5, stride 256), since a quad mixes rows g and g
   // + 8. Costs 8 more instructions a chunk, no more shared-memory cycles, and far less to build.
   static constexpr int kRowTableBytes = 64 * 256;
+  static FLUTE_DEVICE u32 row_entry(int pair) { return ((pair & 3) | (pair & 12) << 2) * 256; }
   static FLUTE_DEVICE u32 row_lane_offset(int lane) { return lane * 4; }
 
   template <class Act>
