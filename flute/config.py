@@ -66,6 +66,12 @@ class KernelConfig:
             self.panel * CHUNK_BYTES[self.num_bits] + units * TILE_N * DTYPE_BYTES[self.scale_dtype]
         )
 
+    @property
+    def row_table_bytes(self) -> int:
+        """Bytes that a tile's tables take with one table per row."""
+        raw = TILE_N * (2 << self.num_bits) if self.row_buffers == 2 else 0
+        return self.row_buffers * (ROW_TABLE_BYTES[self.num_bits] + raw)
+
     def x_stride(self, k: int) -> int:
         """Bytes between two tokens of x in shared memory: the largest share of K in a cluster."""
         panels = padded_k(k) // CHUNK_K // self.panel
@@ -74,7 +80,7 @@ class KernelConfig:
     def smem_bytes(self, m: int, k: int) -> int:
         """Dynamic shared memory of a block, in bytes; the same sum as decode.cuh's."""
         table = (
-            self.row_buffers * self.tiles * ROW_TABLE_BYTES[self.num_bits]
+            self.tiles * self.row_table_bytes
             if self.row_tables
             else 0
             if self.register_steps == 4

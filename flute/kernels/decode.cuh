@@ -132,23 +132,6 @@ FLUTE_DEVICE void load_table(typename D::Registers& registers, u32 smem, const f
     D::Table::template build<typename D::Act>(smem, table, threadIdx.x, D::kThreads);
 }
 
-// What this thread adds to the tables of a tile block's rows.
-template <class D>
-struct BlockRows {
-  RowEntries<D::kBits, typename D::Act, D::kThreads> tiles[D::kTiles];
-
-  FLUTE_DEVICE void load(const DecodeParams& p, int tile) {
-#pragma unroll
-    for (int t = 0; t < D::kTiles; t++)
-      tiles[t].load(static_cast<const float*>(p.table), (tile + t) * 16, p.shape_n, threadIdx.x);
-  }
-  FLUTE_DEVICE void store(u32 smem) const {
-#pragma unroll
-    for (int t = 0; t < D::kTiles; t++)
-      tiles[t].template store<typename D::Table>(smem + t * D::Table::kRowTableBytes, threadIdx.x);
-  }
-};
-
 template <int VALUE>
 struct Constant {
   static constexpr int kValue = VALUE;
@@ -166,6 +149,8 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
                                          D::kPartialStride * 4;
   const u32 x_barriers = barriers + (D::kXBarriers + warp * share.num_rounds) * 8;
 
+  using Rows = typename D::Rows;
+  const int num_blocks = (share.tile_end - share.tile_begin + D::kTiles - 1) / D::kTiles;
   const float* tables = static_cast<const float*>(p.table);
   typename D::Registers registers;
   int range = 0;
@@ -173,9 +158,16 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
     while (range + 1 < p.num_ranges && share.tile_begin >= p.range_end[range]) range++;
     load_table<D>(registers, smem, tables + (range << D::kBits));
   } else if constexpr (D::kRowBuffers == 2) {
-    BlockRows<D> first;
-    first.load(p, share.tile_begin);
-    first.store(smem);
+    const int second = share.tile_begin + (share.tile_end - share.tile_begin > D::kTiles
+                                               ? D::kTiles
+                                               : 0);
+    Rows first, next;
+    first.load(tables, share.tile_begin * 16, p.shape_n, threadIdx.x);
+    next.load(tables, second * 16, p.shape_n, threadIdx.x);
+    first.store(smem + D::kRawOffset, threadIdx.x);
+    next.store(smem + D::kRawOffset + Rows::kRawBytes, threadIdx.x);
+    __syncthreads();
+    Rows::template build<typename D::Table>(smem, smem + D::kRawOffset, threadIdx.x);
   }
   u32 smem_rows = smem;  // tables of this tile block's rows
   __syncthreads();
@@ -214,9 +206,11 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
     int count;
     for (int tile = share.tile_begin; tile < share.tile_end; tile += count) {
       count = share.block_tiles(p, tile);
-      BlockRows<D> next_rows;
+      Rows rows_after;
       if constexpr (D::kRowTables && D::kRowBuffers == 2) {
-        next_rows.load(p, tile + count < share.tile_end ? tile + count : share.tile_begin);
+        const int block = (tile - share.tile_begin) / D::kTiles;
+        const int after = (block + 2) % num_blocks * D::kTiles;
+        rows_after.load(tables, (share.tile_begin + after) * 16, p.shape_n, threadIdx.x);
       } else if constexpr (D::kRowTables) {
         __syncthreads();
         for (int t = 0; t < count; t++)
@@ -267,10 +261,13 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
           multiply_round(Constant<0>());
         }
       }
-      // The barrier in the sum parts this tile block's lookups from the next one's.
+      // The barrier in the sum parts what this tile block reads from what the next ones write.
       if constexpr (D::kRowTables && D::kRowBuffers == 2) {
-        smem_rows = smem + (smem_rows == smem ? D::kBufferBytes : 0);
-        next_rows.store(smem_rows);
+        const u32 turn = smem_rows != smem, raw = smem + D::kRawOffset;
+        smem_rows = smem + (turn ^ 1) * D::kBufferBytes;
+        Rows::template build<typename D::Table>(smem_rows, raw + (turn ^ 1) * Rows::kRawBytes,
+                                                threadIdx.x);
+        rows_after.store(raw + turn * Rows::kRawBytes, threadIdx.x);
       }
       reduction.run(acc, tile, count, p);
     }

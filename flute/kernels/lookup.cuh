@@ -81,35 +81,57 @@ FLUTE_DEVICE void build_row_pairs(u32 smem_table, const float* tables, int row, 
   }
 }
 
-// What one thread of a block adds to the tables of one tile: entries of one row whose lower code is
-// the same. In two parts, so that the reads from global memory fly while the block computes.
-template <int NUM_BITS, class Act, int NUM_THREADS>
-struct RowEntries {
-  static constexpr int kPairs = 1 << 2 * NUM_BITS, kStride = NUM_THREADS / 16;
-  static constexpr int kCount = kPairs > kStride ? kPairs / kStride : 1;
-  float low, high[kCount];
+// The tables of NUM_TILES tiles' rows on their way: global memory -> registers -> `raw` in shared
+// memory, 16 bits an entry -> pairs (as build_row_pairs). In three parts for a block to do between
+// its barriers, while it computes. Why through `raw`: reading 16 rows' entries pair by pair from
+// global memory took longer than all of a tile's lookups (28672 x 4096, 4 bits: 36 us).
+template <int NUM_BITS, class Act, int NUM_TILES, int NUM_THREADS>
+struct RowTables {
+  static constexpr int kEntries = 1 << NUM_BITS;
+  static constexpr int kRawBytes = NUM_TILES * 16 * kEntries * 2;
+  static constexpr int kCount = (NUM_TILES * 16 * kEntries + NUM_THREADS - 1) / NUM_THREADS;
+  float v[kCount];
 
   FLUTE_DEVICE void load(const float* tables, int row, int num_rows, int thread_idx) {
-    const float* table =
-        tables + (static_cast<long long>(min(row + (thread_idx & 15), num_rows - 1)) << NUM_BITS);
-    const int pair = thread_idx >> 4;
-    low = ptx::ld_global_nc_f32(table + (pair & ((1 << NUM_BITS) - 1)));
 #pragma unroll
-    for (int i = 0; i < kCount; i++)
-      if (pair + i * kStride < kPairs)
-        high[i] = ptx::ld_global_nc_f32(table + ((pair + i * kStride) >> NUM_BITS));
+    for (int i = 0; i < kCount; i++) {
+      const int at = i * NUM_THREADS + thread_idx, r = min(row + at / kEntries, num_rows - 1);
+      v[i] = ptx::ld_global_nc_f32(tables + static_cast<long long>(r) * kEntries + at % kEntries);
+    }
   }
 
-  template <class Table>
-  FLUTE_DEVICE void store(u32 smem_table, int thread_idx) const {
-    const int pair = thread_idx >> 4;
+  FLUTE_DEVICE void store(u32 smem_raw, int thread_idx) const {
 #pragma unroll
-    for (int i = 0; i < kCount; i++)
-      if (pair + i * kStride < kPairs) {
-        const u32 v = Act::from_float(low) | static_cast<u32>(Act::from_float(high[i])) << 16;
-        ptx::st_shared_v4(
-            smem_table + Table::row_entry(pair + i * kStride) + (thread_idx & 15) * 16, v, v, v, v);
+    for (int i = 0; i < kCount; i++) {
+      const int at = i * NUM_THREADS + thread_idx;
+      if (at < NUM_TILES * 16 * kEntries)
+        ptx::st_shared_u16(smem_raw + at * 2, Act::from_float(v[i]));
+    }
+  }
+
+  // An item is a row, a lower code and as many upper codes as 16 bytes of `raw` hold.
+  template <class Table>
+  static FLUTE_DEVICE void build(u32 smem_table, u32 smem_raw, int thread_idx) {
+    constexpr int kUpper = kEntries < 8 ? kEntries : 8;
+    constexpr int kItems = 16 * kEntries * (kEntries / kUpper);  // of a tile
+    for (int i = thread_idx; i < NUM_TILES * kItems; i += NUM_THREADS) {
+      const int tile = i / kItems, row = i & 15, lower = i / 16 % kEntries,
+                upper = i % kItems / (16 * kEntries) * kUpper;
+      const u32 raw = smem_raw + (tile * 16 + row) * kEntries * 2;
+      const u32 low = ptx::ld_shared_u16(raw + lower * 2);
+      u32 high[4];
+      if constexpr (kUpper == 8)
+        ptx::ld_shared_v4(high, raw + upper * 2);
+      else
+        ptx::ld_shared_v2(high[0], high[1], raw);
+#pragma unroll
+      for (int j = 0; j < kUpper; j++) {
+        const u32 v = __byte_perm(low, high[j / 2], j % 2 ? 0x7610 : 0x5410);
+        ptx::st_shared_v4(smem_table + tile * Table::kRowTableBytes +
+                              Table::row_entry(lower | (upper + j) << NUM_BITS) + row * 16,
+                          v, v, v, v);
       }
+    }
   }
 };
 

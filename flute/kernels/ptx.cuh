@@ -45,6 +45,18 @@ FLUTE_DEVICE u32 ld_shared(u32 address) {
   return v;
 }
 
+// ld.shared.u16 (any GPU): 2 bytes, ordered like ld_shared_v4.
+FLUTE_DEVICE u32 ld_shared_u16(u32 address) {
+  u16 v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address) : "memory");
+  return v;
+}
+
+// st.shared.u16 (any GPU), ordered.
+FLUTE_DEVICE void st_shared_u16(u32 address, u16 v) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(v) : "memory");
+}
+
 // ld.shared of a table entry. Not volatile: the table does not change while its lookups are in
 // flight (a barrier and a data dependence on volatile loads stand on both sides), so the compiler
 // may schedule lookups freely.

@@ -77,7 +77,11 @@ struct Decode {
   // in use, if there is room for both.
   static constexpr int kRowBuffers = Config::row_buffers;
   static constexpr int kBufferBytes = kTiles * Table::kRowTableBytes;
-  static constexpr int kTableBytes = kRowTables            ? kRowBuffers * kBufferBytes
+  using Rows = RowTables<kBits, Act, kTiles, kThreads>;
+  static constexpr int kRawOffset = 2 * kBufferBytes;  // of two buffers of tables as they are
+  static constexpr int kTableBytes = kRowTables            ? kRowBuffers == 2
+                                                                 ? kRawOffset + 2 * Rows::kRawBytes
+                                                                 : kBufferBytes
                                      : kRegisterSteps == 4 ? 0
                                                            : Table::kTableBytes;
   static constexpr int kRingOffset = kTableBytes;
@@ -91,8 +95,7 @@ struct Decode {
   static_assert(kGroup == 0 || kGroup == 32 || kGroup == 64 || kGroup == 128 || kGroup == 256,
                 "a group is 32, 64, 128 or 256 k, or 0 for the whole row");
   static_assert(!kRowTables || kRegisterSteps == 0, "registers hold no tables of rows");
-  static_assert(kRowBuffers == 1 || (kRowBuffers == 2 && kThreads >= 256),
-                "tables of one or two tile blocks, two by 8 warps or more");
+  static_assert(kRowBuffers == 1 || kRowBuffers == 2, "tables of one or two tile blocks");
   static_assert(kXRounds <= 2, "registers hold x of two rounds at most");
   static_assert(kPanel == 1 || kPanel == 2 || kPanel == 4 || (kPanel == 8 && kXStays),
                 "K is padded to 4 chunks; panels of 8 need K % 512 == 0 and, since fetch_x has 32 "
