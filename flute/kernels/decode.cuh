@@ -83,23 +83,33 @@ FLUTE_DEVICE void multiply_slot(float (&acc)[D::kColumns][4], const XFragments<D
             scale[u][0], scale[u][1],
             scales + (part * kPart * 4 / D::kUnitSteps + u) * 16 * D::Scale::kBytes);
     }
-    // The rest of the slot is in registers: refill it before the arithmetic.
-    if (part == D::kPanel / kPart - 1) {
-      __syncwarp();
-      refill<D>(ring, ring.stage, next, p, lane);
-      ring.advance();
-    }
 #pragma unroll
     for (int j = 0; j < kPart; j++) {
+      if (part == D::kPanel / kPart - 1 && j == kPart / 2) {
+        // Refill once the slot is in registers, all of it: a copy may overtake a read that is still
+        // in the queue of shared memory, which no barrier of the warp waits for. So the refill is
+        // made to depend on every value read. `offset` is a multiple of 4, unknown to ptxas.
+        u32 seen = 0;
+#pragma unroll
+        for (int i = 0; i < kPart * Table::kWords; i++)
+          seen |= words[i / Table::kWords][i % Table::kWords];
+        if (D::kUnits > 0) {
+#pragma unroll
+          for (int i = 0; i < kPartUnits * 2; i++) seen |= __float_as_uint(scale[i / 2][i % 2]);
+        }
+        __syncwarp();
+        refill<D>(ring, ring.stage, next, p, lane, seen & offset & 3);
+        ring.advance();
+      }
       u32 a[4][4];
       if constexpr (D::kRowTables)
         Table::row_fragments(a, words[j], smem_table, offset);
       else
-        Table::template mixed_fragments<D::kRegisterSteps>(a, words[j], smem_table, offset,
-                                                           registers);
+        Table::template mixed_fragments<D::kWide>(a, words[j], smem_table, offset, registers,
+                                                  D::register_steps(part * kPart + j), D::kMethod);
 #pragma unroll
       for (int st = 0; st < 4; st++) {
-        constexpr int kUnit = D::kUnitSteps;
+        constexpr int kUnit = D::kUnitSteps, kChain = kUnit < D::kChain ? kUnit : D::kChain;
         const int chunk = part * kPart + j, step = chunk * 4 + st;
 #pragma unroll
         for (int c = 0; c < D::kColumns; c++) {
@@ -107,16 +117,15 @@ FLUTE_DEVICE void multiply_slot(float (&acc)[D::kColumns][4], const XFragments<D
                     b1 = x.v[ROUND * D::kPanel + chunk][c][st][1];
           if (D::kUnits == 0)
             D::Act::mma(acc[c], a[st], b0, b1, acc[c][0], acc[c][1], acc[c][2], acc[c][3]);
-          else if (step % kUnit == 0)
+          else if (step % kChain == 0)
             D::Act::mma(sum[c], a[st], b0, b1, 0.f, 0.f, 0.f, 0.f);
           else
             D::Act::mma(sum[c], a[st], b0, b1, sum[c][0], sum[c][1], sum[c][2], sum[c][3]);
-          if (D::kUnits > 0 && step % kUnit == kUnit - 1) {
+          if (D::kUnits > 0 && step % kChain == kChain - 1) {
             const int u = step / kUnit % kPartUnits;
-            acc[c][0] += scale[u][0] * sum[c][0];
-            acc[c][1] += scale[u][0] * sum[c][1];
-            acc[c][2] += scale[u][1] * sum[c][2];
-            acc[c][3] += scale[u][1] * sum[c][3];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+              if (!D::kSingle || i % 2 == 0) acc[c][i] += scale[u][i / 2] * sum[c][i];
           }
         }
       }
@@ -128,7 +137,9 @@ FLUTE_DEVICE void multiply_slot(float (&acc)[D::kColumns][4], const XFragments<D
 template <class D>
 FLUTE_DEVICE void load_table(typename D::Registers& registers, u32 smem, const float* table) {
   if constexpr (D::kRegisterSteps > 0) registers.template load<typename D::Act>(table);
-  if constexpr (D::kRegisterSteps < 4)
+  if constexpr (D::kWide)
+    D::Table::template build_wide<typename D::Act>(smem, table, threadIdx.x, D::kThreads);
+  else if constexpr (D::kTableBytes > 0)
     D::Table::template build<typename D::Act>(smem, table, threadIdx.x, D::kThreads);
 }
 
@@ -169,7 +180,7 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
     __syncthreads();
     Rows::template build<typename D::Table>(smem, smem + D::kRawOffset, threadIdx.x);
   }
-  u32 smem_rows = smem;  // tables of this tile block's rows
+  u32 turn = 0;  // which buffer has the tables of this tile block's rows
   __syncthreads();
   ptx::griddepcontrol_wait();
 
@@ -206,11 +217,19 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
     int count;
     for (int tile = share.tile_begin; tile < share.tile_end; tile += count) {
       count = share.block_tiles(p, tile);
+      // The barrier in the sum parts what this tile block reads from what the next ones write. Half
+      // of the warps build before they look up, half after, so that stores and lookups mix.
       Rows rows_after;
+      const auto build_next = [&] {
+        Rows::template build<typename D::Table>(smem + (turn ^ 1) * D::kBufferBytes,
+                                                smem + D::kRawOffset + (turn ^ 1) * Rows::kRawBytes,
+                                                threadIdx.x);
+      };
       if constexpr (D::kRowTables && D::kRowBuffers == 2) {
         const int block = (tile - share.tile_begin) / D::kTiles;
         const int after = (block + 2) % num_blocks * D::kTiles;
         rows_after.load(tables, (share.tile_begin + after) * 16, p.shape_n, threadIdx.x);
+        if (warp % 2) build_next();
       } else if constexpr (D::kRowTables) {
         __syncthreads();
         for (int t = 0; t < count; t++)
@@ -234,7 +253,8 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
           if (t < count)
             multiply_slot<D, decltype(round)::kValue>(
                 acc[t], x, ring, next, p, registers,
-                D::kRowTables ? smem_rows + t * D::Table::kRowTableBytes : smem, offset, lane);
+                D::kRowTables ? smem + turn * D::kBufferBytes + t * D::Table::kRowTableBytes : smem,
+                offset, lane);
       };
       if constexpr (D::kXStays) {
         if (warp < share.num_panels) multiply_round(Constant<0>());
@@ -261,13 +281,10 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
           multiply_round(Constant<0>());
         }
       }
-      // The barrier in the sum parts what this tile block reads from what the next ones write.
       if constexpr (D::kRowTables && D::kRowBuffers == 2) {
-        const u32 turn = smem_rows != smem, raw = smem + D::kRawOffset;
-        smem_rows = smem + (turn ^ 1) * D::kBufferBytes;
-        Rows::template build<typename D::Table>(smem_rows, raw + (turn ^ 1) * Rows::kRawBytes,
-                                                threadIdx.x);
-        rows_after.store(raw + turn * Rows::kRawBytes, threadIdx.x);
+        if (warp % 2 == 0) build_next();
+        rows_after.store(smem + D::kRawOffset + turn * Rows::kRawBytes, threadIdx.x);
+        turn ^= 1;
       }
       reduction.run(acc, tile, count, p);
     }
@@ -297,7 +314,7 @@ __global__ void __launch_bounds__(Config::num_warps * 32, Config::min_blocks)
   __syncwarp();
   Cursor<D> next(p, share, warp);
 #pragma unroll 1
-  for (int i = 0; i < Config::stages; i++) refill<D>(ring, i, next, p, lane);
+  for (int i = 0; i < Config::stages; i++) refill<D>(ring, i, next, p, lane, 0);
   // Why here: earlier or later (at the top, after x, after the last refill) made no difference on
   // 4096 x 4096.
   ptx::griddepcontrol_launch_dependents();

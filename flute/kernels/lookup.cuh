@@ -144,6 +144,14 @@ FLUTE_DEVICE void place_and_read_rows(u32 (&a)[4], u32 bytes, u32 smem_table, u3
   a[3] = ptx::ld_table(smem_table + 128 + __byte_perm(bytes, offset, 0x7634));
 }
 
+// The same in one table, the lower 128 bytes of each entry.
+FLUTE_DEVICE void place_and_read(u32 (&a)[4], u32 bytes, u32 smem_table, u32 offset) {
+  a[0] = ptx::ld_table(smem_table + __byte_perm(bytes, offset, 0x7604));
+  a[1] = ptx::ld_table(smem_table + __byte_perm(bytes, offset, 0x7614));
+  a[2] = ptx::ld_table(smem_table + __byte_perm(bytes, offset, 0x7624));
+  a[3] = ptx::ld_table(smem_table + __byte_perm(bytes, offset, 0x7634));
+}
+
 template <>
 struct Lookup<4> {
   static constexpr int kChunkBytes = 512;
@@ -180,12 +188,26 @@ struct Lookup<4> {
     }
   }
 
-  static constexpr FLUTE_DEVICE bool crossed(int, int) { return false; }
-  template <int REGISTER_STEPS>
+  template <class Act>
+  static FLUTE_DEVICE void build_wide(u32 smem_table, const float* table, int thread_idx,
+                                      int num_threads) {
+    for (int i = thread_idx; i < 256 * 8; i += num_threads) {
+      u32 v = table_pair<4, Act>(table, i >> 3);
+      ptx::st_shared_v4(smem_table + (i >> 3) * 256 + (i & 7) * 16, v, v, v, v);
+    }
+  }
+
+  static constexpr FLUTE_DEVICE bool crossed(int, int, int) { return false; }
+  template <bool WIDE>
   static FLUTE_DEVICE void mixed_fragments(u32 (&a)[4][4], const u32 (&w)[kWords], u32 smem_table,
-                                           u32 offset, const RegisterTable<3>&) {
-    static_assert(REGISTER_STEPS == 0, "16 entries are too many for registers");
-    fragments(a, w, smem_table, offset);
+                                           u32 offset, const RegisterTable<3>&, int, int) {
+    if constexpr (!WIDE) {
+      fragments(a, w, smem_table, offset);
+    } else {
+#pragma unroll
+      for (int st = 0; st < 4; st++)
+        place_and_read(a[st], __funnelshift_l(w[st], w[st], 25), smem_table, offset);
+    }
   }
 
   // One table per row: entry stride 256, the upper 128 bytes serve rows g + 8.
@@ -258,32 +280,33 @@ struct Lookup<3> {
     }
   }
 
-  static constexpr FLUTE_DEVICE bool crossed(int, int) { return false; }
+  static constexpr FLUTE_DEVICE bool crossed(int, int, int) { return false; }
 
-  // The last REGISTER_STEPS steps by PRMT. A selector has a code per nibble: 4 codes take one PRMT
-  // for their low bytes, one for their high bytes, and two to put them together.
-  template <int REGISTER_STEPS>
-  static FLUTE_DEVICE void mixed_fragments(u32 (&a)[4][4], const u32 (&w)[kWords], u32 smem_table,
-                                           u32 offset, const RegisterTable<3>& table) {
-    static_assert(REGISTER_STEPS <= 4);
-    constexpr u32 kLow6 = 0x3F3F3F3F;
-    if constexpr (REGISTER_STEPS == 0) {
-      fragments(a, w, smem_table, offset);
-      return;
+  template <class Act>
+  static FLUTE_DEVICE void build_wide(u32 smem_table, const float* table, int thread_idx,
+                                      int num_threads) {
+    for (int i = thread_idx; i < 256 * 8; i += num_threads) {
+      u32 v = table_pair<3, Act>(table, i >> 3 & 63);
+      ptx::st_shared_v4(smem_table + (i >> 3) * 256 + (i & 7) * 16, v, v, v, v);
     }
+  }
+
+  // The last `steps` steps by PRMT. A selector has a code per nibble: 4 codes take one PRMT
+  // for their low bytes, one for their high bytes, and two to put them together.
+  template <bool WIDE>
+  static FLUTE_DEVICE void mixed_fragments(u32 (&a)[4][4], const u32 (&w)[kWords], u32 smem_table,
+                                           u32 offset, const RegisterTable<3>& table, int steps,
+                                           int) {
+    constexpr u32 kMask = WIDE ? 0xFFFFFFFF : 0x3F3F3F3F;
     const u32 low = ((w[0] >> 6) & 0x03030303u) | ((w[1] >> 4) & ~0x03030303u);
     const u32 pair = (low & 0x0F0F0F0Fu) | ((w[2] >> 2) & ~0x0F0F0F0Fu);
 #pragma unroll
     for (int st = 0; st < 4; st++) {
-      if (st < 4 - REGISTER_STEPS) {
-        const u32 v = w[st] & kLow6;
-        a[st][0] = ptx::ld_table(smem_table + __byte_perm(v, offset, 0x7604));
-        a[st][1] = ptx::ld_table(smem_table + __byte_perm(v, offset, 0x7614));
-        a[st][2] = ptx::ld_table(smem_table + __byte_perm(v, offset, 0x7624));
-        a[st][3] = ptx::ld_table(smem_table + __byte_perm(v, offset, 0x7634));
+      const u32 v = st < 3 ? w[st] : pair;
+      if (st < 4 - steps) {
+        place_and_read(a[st], v & kMask, smem_table, offset);
         continue;
       }
-      const u32 v = st < 3 ? w[st] : pair;
       const u32 nibbles = (v & 0x38383838u) * 2 + (v & 0x07070707u);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
@@ -355,43 +378,71 @@ struct Lookup<2> {
     }
   }
 
-  // Whether step `st` takes its k in another order: the registers of half 0 then hold k = 2q and
-  // 2q + 8, those of half 1 the odd ones.
-  static constexpr FLUTE_DEVICE bool crossed(int register_steps, int st) {
-    return st < register_steps;
+  template <class Act>
+  static FLUTE_DEVICE void build_wide(u32 smem_table, const float* table, int thread_idx,
+                                      int num_threads) {
+    for (int i = thread_idx; i < 256 * 8; i += num_threads) {
+      const int e = i >> 3;
+      const u32 v0 = table_pair<2, Act>(table, (e & 3) | ((e >> 2) & 12)),
+                v1 = table_pair<2, Act>(table, ((e >> 2) & 3) | ((e >> 4) & 12));
+      ptx::st_shared_v4(smem_table + e * 256 + (i & 7) * 16, v0, v1, v0, v1);
+    }
   }
 
-  // The first REGISTER_STEPS steps by PRMT, one for each register: its selector's nibbles are (code,
-  // code | 4) twice. One multiplication doubles the codes in the same 2 bits of four bytes, sets the
-  // bits and makes the selectors of two steps; the codes of a register then come from two bytes,
-  // hence k in another order.
-  template <int REGISTER_STEPS>
+  // Whether step `st` takes its k in another order: the registers of half 0 then hold k = 2q and
+  // 2q + 8, those of half 1 the odd ones.
+  static constexpr FLUTE_DEVICE bool crossed(int steps, int method, int st) {
+    return st < steps && method < 2;
+  }
+
+  template <bool WIDE>
   static FLUTE_DEVICE void mixed_fragments(u32 (&a)[4][4], const u32 (&w)[kWords], u32 smem_table,
-                                           u32 offset, const RegisterTable<2>& table) {
-    static_assert(REGISTER_STEPS % 2 == 0, "a word's two steps go together");
-    if constexpr (REGISTER_STEPS == 0) {
-      fragments(a, w, smem_table, offset);
-      return;
-    }
+                                           u32 offset, const RegisterTable<2>& table, int steps,
+                                           int method) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      if (i >= REGISTER_STEPS / 2) {
-        const u32 v = w[i];
-        ptx::ld_table_v2(a[i * 2][0], a[i * 2][1], smem_table + ((v & kMask) | offset));
-        ptx::ld_table_v2(a[i * 2][2], a[i * 2][3], smem_table + (((v >> 8) & kMask) | offset));
-        ptx::ld_table_v2(a[i * 2 + 1][0], a[i * 2 + 1][1],
-                         smem_table + (((v >> 16) & kMask) | offset));
-        ptx::ld_table_v2(a[i * 2 + 1][2], a[i * 2 + 1][3],
+      const u32 v = w[i];
+      u32(&a0)[4] = a[i * 2], (&a1)[4] = a[i * 2 + 1];
+      if (i >= steps / 2 && WIDE) {
+        const u32 plain = __funnelshift_r(v, v, 7);
+        ptx::ld_table_v2(a0[0], a0[1], smem_table + __byte_perm(plain, offset, 0x7604));
+        ptx::ld_table_v2(a0[2], a0[3], smem_table + __byte_perm(plain, offset, 0x7614));
+        ptx::ld_table_v2(a1[0], a1[1], smem_table + __byte_perm(plain, offset, 0x7624));
+        ptx::ld_table_v2(a1[2], a1[3], smem_table + __byte_perm(plain, offset, 0x7634));
+      } else if (i >= steps / 2) {
+        ptx::ld_table_v2(a0[0], a0[1], smem_table + ((v & kMask) | offset));
+        ptx::ld_table_v2(a0[2], a0[3], smem_table + (((v >> 8) & kMask) | offset));
+        ptx::ld_table_v2(a1[0], a1[1], smem_table + (((v >> 16) & kMask) | offset));
+        ptx::ld_table_v2(a1[2], a1[3],
                          smem_table + ((__funnelshift_l(v, v, 8) & kMask) | offset));
-        continue;
-      }
+      } else if (method == 2) {
 #pragma unroll
-      for (int j = 0; j < 4; j++) {  // row g + 8 (j % 2), code j / 2 of the pair
-        const u32 codes = __funnelshift_r(w[i], w[i], 7 + 2 * j) & table.mask;
-        const u64 selectors = static_cast<u64>(codes | 0x003C7C40u) * 0x110011u;
-        a[i * 2][j] = ptx::prmt(table.low[0], table.high[0], static_cast<u32>(selectors));
-        a[i * 2 + 1][j] =
-            ptx::prmt(table.high[0], table.low[0], static_cast<u32>(selectors >> 32));
+        for (int j = 0; j < 2; j++) {
+          const u32 nibbles = __funnelshift_r(v, v, 7 + 2 * j) & 0x33333333u;
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            const u32 selector = half ? nibbles >> 16 : nibbles;
+            const u32 low = ptx::prmt(table.low[0], table.low[0], selector),
+                      high = ptx::prmt(table.high[0], table.high[0], selector);
+            (half ? a1 : a0)[j] = __byte_perm(low, high, 0x5140);
+            (half ? a1 : a0)[j + 2] = __byte_perm(low, high, 0x7362);
+          }
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {  // row g + 8 (j % 2), code j / 2 of the pair
+          const u32 codes = (__funnelshift_r(v, v, 7 + 2 * j) & table.mask) | 0x003C7C40u;
+          if (method == 0) {
+            const u64 selectors = static_cast<u64>(codes) * 0x110011u;
+            a0[j] = ptx::prmt(table.low[0], table.high[0], static_cast<u32>(selectors));
+            a1[j] = ptx::prmt(table.high[0], table.low[0], static_cast<u32>(selectors >> 32));
+          } else {
+            const u32 selectors =
+                (__funnelshift_r(v, v, 7 + 2 * j) & 0x03030303u) * 0x11u + 0x40404040u;
+            a0[j] = ptx::prmt(table.low[0], table.high[0], selectors);
+            a1[j] = ptx::prmt(table.low[0], table.high[0], selectors >> 16);
+          }
+        }
       }
     }
   }

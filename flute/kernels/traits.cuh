@@ -41,12 +41,19 @@ struct Decode {
   static constexpr int kPanel = Config::panel;
   static constexpr int kTiles = Config::tiles;
   static constexpr int kCluster = Config::cluster;
-  static constexpr int kColumns = Config::block_tokens / 8;  // mma column blocks
+  static constexpr int kColumns = (Config::block_tokens + 7) / 8;  // mma column blocks
+  static constexpr bool kSingle = Config::block_tokens == 1;
+  static constexpr int kChain = Config::chain;
   static constexpr bool kXStays = Config::x_source == kXRegisters;
   static constexpr int kXRounds =
       kXStays ? Config::x_rounds : 1;  // rounds whose x is in registers at once
   static constexpr bool kRowTables = Config::row_tables;
   static constexpr int kRegisterSteps = Config::register_steps;  // of a chunk's 4, see lookup.cuh
+  static constexpr int kMethod = Config::method;
+  static constexpr bool kWide = Config::wide_table;
+  static constexpr FLUTE_DEVICE int register_steps(int chunk) {
+    return chunk % Config::register_every == 0 ? kRegisterSteps : 0;
+  }
   static constexpr int kPartChunks = Config::part;  // chunks whose words are in registers at once
 
   using Act = Element<Config::dtype>;
@@ -82,8 +89,8 @@ struct Decode {
   static constexpr int kTableBytes = kRowTables            ? kRowBuffers == 2
                                                                  ? kRawOffset + 2 * Rows::kRawBytes
                                                                  : kBufferBytes
-                                     : kRegisterSteps == 4 ? 0
-                                                           : Table::kTableBytes;
+                                     : kRegisterSteps == 4 && Config::register_every == 1 ? 0
+                                     : kWide ? 65536 : Table::kTableBytes;
   static constexpr int kRingOffset = kTableBytes;
   static constexpr int kBarrierOffset = kRingOffset + kWarps * Config::stages * Ring::kSlotBytes;
   static constexpr int kXBarriers =
@@ -100,7 +107,7 @@ struct Decode {
   static_assert(kPanel == 1 || kPanel == 2 || kPanel == 4 || (kPanel == 8 && kXStays),
                 "K is padded to 4 chunks; panels of 8 need K % 512 == 0 and, since fetch_x has 32 "
                 "lanes, x in registers");
-  static_assert(Config::block_tokens % 8 == 0 && kColumns >= 1 && kColumns <= 4,
+  static_assert((kSingle || Config::block_tokens % 8 == 0) && kColumns >= 1 && kColumns <= 4,
                 "8, 16, 24 or 32 tokens");
   static_assert(kCluster == 1 || Config::bulk, "clusters need sm_90, as bulk copies do");
 };
