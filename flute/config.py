@@ -37,10 +37,8 @@ class KernelConfig:
     cluster: int = 1  # blocks that split K
     part: int = 4  # chunks of a slot whose words are in registers at once
     wide_table: bool = False  # entries 256 bytes apart: 64 KB, and fewer instructions a lookup
-    register_every: int = 1
-    chain: int = 16
-    method: int = 0
-    register_steps: int = 0  # of a chunk's 4 steps: looked up by PRMT, not in shared memory
+    register_every: int = 0  # every so many chunks, a part is looked up in registers
+    method: int = 1
     min_blocks: int = (
         2  # blocks per SM that registers must allow; 2 lets the next kernel start early
     )
@@ -86,8 +84,6 @@ class KernelConfig:
         table = (
             self.tiles * self.row_table_bytes
             if self.row_tables
-            else 0
-            if self.register_steps == 4 and self.register_every == 1
             else 65536
             if self.wide_table
             else TABLE_BYTES[self.num_bits]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ OPTIONS: Mapping[str, Any] = {
 """What every kernel is compiled with, besides the architecture and the headers' folder."""
 _SCHEMA = 1
 """Raised when what a cache entry means changes."""
+_import_lock = threading.Lock()
 
 
 class KernelCompileError(FluteError, RuntimeError):
@@ -95,7 +97,8 @@ def compile_cubin(source: Source, arch: str) -> Cubin:
     Raises:
         KernelCompileError: NVRTC's log, and the source.
     """
-    from cuda.core import Program, ProgramOptions
+    with _import_lock:  # cuda.core's first import fails in one of two threads
+        from cuda.core import Program, ProgramOptions
 
     nvrtc_version()
     log = io.StringIO()

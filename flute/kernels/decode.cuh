@@ -66,6 +66,7 @@ FLUTE_DEVICE void multiply_slot(float (&acc)[D::kColumns][4], const XFragments<D
   constexpr int kPart = D::kPanel < D::kPartChunks ? D::kPanel : D::kPartChunks;
   constexpr int kPartUnits =
       D::kUnitSteps < kPart * 4 ? kPart * 4 / D::kUnitSteps : 1;  // scales a part begins
+  constexpr int kRefill = kPart > 1 ? 1 : 0;  // chunk of the last part before which to refill
   const u32 slot = ring.wait();
   const u32 scales = slot + D::kWeightBytes + (lane >> 2) * 2 * D::Scale::kBytes;
   float sum[D::kColumns][4];
@@ -85,13 +86,14 @@ FLUTE_DEVICE void multiply_slot(float (&acc)[D::kColumns][4], const XFragments<D
     }
 #pragma unroll
     for (int j = 0; j < kPart; j++) {
-      if (part == D::kPanel / kPart - 1 && j == kPart / 2) {
-        // Refill once the slot is in registers, all of it: a copy may overtake a read that is still
-        // in the queue of shared memory, which no barrier of the warp waits for. So the refill is
-        // made to depend on every value read. `offset` is a multiple of 4, unknown to ptxas.
+      if (part == D::kPanel / kPart - 1 && j == kRefill) {
+        // Refill once all of the slot is in registers: a copy may overtake a read that is still in
+        // the queue of shared memory, which no barrier of the warp waits for (without this, 11 of
+        // 300 runs differed on 8192 x 28672, 3 bits, M = 8). So the refill depends on the values
+        // read, those of earlier chunks being in use. `offset` is a multiple of 4, unknown to ptxas.
         u32 seen = 0;
 #pragma unroll
-        for (int i = 0; i < kPart * Table::kWords; i++)
+        for (int i = kRefill * Table::kWords; i < kPart * Table::kWords; i++)
           seen |= words[i / Table::kWords][i % Table::kWords];
         if (D::kUnits > 0) {
 #pragma unroll
@@ -106,10 +108,10 @@ FLUTE_DEVICE void multiply_slot(float (&acc)[D::kColumns][4], const XFragments<D
         Table::row_fragments(a, words[j], smem_table, offset);
       else
         Table::template mixed_fragments<D::kWide>(a, words[j], smem_table, offset, registers,
-                                                  D::register_steps(part * kPart + j), D::kMethod);
+                                                  D::in_registers(part * kPart + j), D::kMethod);
 #pragma unroll
       for (int st = 0; st < 4; st++) {
-        constexpr int kUnit = D::kUnitSteps, kChain = kUnit < D::kChain ? kUnit : D::kChain;
+        constexpr int kUnit = D::kUnitSteps;
         const int chunk = part * kPart + j, step = chunk * 4 + st;
 #pragma unroll
         for (int c = 0; c < D::kColumns; c++) {
@@ -117,11 +119,11 @@ FLUTE_DEVICE void multiply_slot(float (&acc)[D::kColumns][4], const XFragments<D
                     b1 = x.v[ROUND * D::kPanel + chunk][c][st][1];
           if (D::kUnits == 0)
             D::Act::mma(acc[c], a[st], b0, b1, acc[c][0], acc[c][1], acc[c][2], acc[c][3]);
-          else if (step % kChain == 0)
+          else if (step % kUnit == 0)
             D::Act::mma(sum[c], a[st], b0, b1, 0.f, 0.f, 0.f, 0.f);
           else
             D::Act::mma(sum[c], a[st], b0, b1, sum[c][0], sum[c][1], sum[c][2], sum[c][3]);
-          if (D::kUnits > 0 && step % kChain == kChain - 1) {
+          if (D::kUnits > 0 && step % kUnit == kUnit - 1) {
             const int u = step / kUnit % kPartUnits;
 #pragma unroll
             for (int i = 0; i < 4; i++)
@@ -136,10 +138,10 @@ FLUTE_DEVICE void multiply_slot(float (&acc)[D::kColumns][4], const XFragments<D
 // A table to shared memory, by the whole block, and to registers.
 template <class D>
 FLUTE_DEVICE void load_table(typename D::Registers& registers, u32 smem, const float* table) {
-  if constexpr (D::kRegisterSteps > 0) registers.template load<typename D::Act>(table);
+  if constexpr (D::in_registers(0)) registers.template load<typename D::Act>(table);
   if constexpr (D::kWide)
     D::Table::template build_wide<typename D::Act>(smem, table, threadIdx.x, D::kThreads);
-  else if constexpr (D::kTableBytes > 0)
+  else
     D::Table::template build<typename D::Act>(smem, table, threadIdx.x, D::kThreads);
 }
 
@@ -217,19 +219,11 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
     int count;
     for (int tile = share.tile_begin; tile < share.tile_end; tile += count) {
       count = share.block_tiles(p, tile);
-      // The barrier in the sum parts what this tile block reads from what the next ones write. Half
-      // of the warps build before they look up, half after, so that stores and lookups mix.
       Rows rows_after;
-      const auto build_next = [&] {
-        Rows::template build<typename D::Table>(smem + (turn ^ 1) * D::kBufferBytes,
-                                                smem + D::kRawOffset + (turn ^ 1) * Rows::kRawBytes,
-                                                threadIdx.x);
-      };
       if constexpr (D::kRowTables && D::kRowBuffers == 2) {
         const int block = (tile - share.tile_begin) / D::kTiles;
         const int after = (block + 2) % num_blocks * D::kTiles;
         rows_after.load(tables, (share.tile_begin + after) * 16, p.shape_n, threadIdx.x);
-        if (warp % 2) build_next();
       } else if constexpr (D::kRowTables) {
         __syncthreads();
         for (int t = 0; t < count; t++)
@@ -281,8 +275,11 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
           multiply_round(Constant<0>());
         }
       }
+      // The barrier in the sum parts what this tile block reads from what the next ones write.
       if constexpr (D::kRowTables && D::kRowBuffers == 2) {
-        if (warp % 2 == 0) build_next();
+        Rows::template build<typename D::Table>(smem + (turn ^ 1) * D::kBufferBytes,
+                                                smem + D::kRawOffset + (turn ^ 1) * Rows::kRawBytes,
+                                                threadIdx.x);
         rows_after.store(smem + D::kRawOffset + turn * Rows::kRawBytes, threadIdx.x);
         turn ^= 1;
       }

@@ -50,12 +50,9 @@ struct RegisterTable {
   static_assert(NUM_BITS < 4, "PRMT selects among 8 bytes");
   static constexpr int kWords = (1 << NUM_BITS) / 4;
   u32 low[kWords], high[kWords];
-  u32 mask;  // 0x03030303
 
   template <class Act>
   FLUTE_DEVICE void load(const float* table) {
-    // Why a shuffle: ptxas would put the constant into a register anew for every use.
-    mask = __shfl_sync(0xFFFFFFFFu, 0x03030303u, 0);
 #pragma unroll
     for (int i = 0; i < kWords; i++) {
       const u32 v01 = table_pair<NUM_BITS, Act>(table, (i * 4) | (i * 4 + 1) << NUM_BITS),
@@ -197,10 +194,10 @@ struct Lookup<4> {
     }
   }
 
-  static constexpr FLUTE_DEVICE bool crossed(int, int, int) { return false; }
+  static constexpr FLUTE_DEVICE bool crossed(int, int) { return false; }
   template <bool WIDE>
   static FLUTE_DEVICE void mixed_fragments(u32 (&a)[4][4], const u32 (&w)[kWords], u32 smem_table,
-                                           u32 offset, const RegisterTable<3>&, int, int) {
+                                           u32 offset, const RegisterTable<3>&, bool, int) {
     if constexpr (!WIDE) {
       fragments(a, w, smem_table, offset);
     } else {
@@ -280,7 +277,7 @@ struct Lookup<3> {
     }
   }
 
-  static constexpr FLUTE_DEVICE bool crossed(int, int, int) { return false; }
+  static constexpr FLUTE_DEVICE bool crossed(int, int) { return false; }
 
   template <class Act>
   static FLUTE_DEVICE void build_wide(u32 smem_table, const float* table, int thread_idx,
@@ -291,19 +288,19 @@ struct Lookup<3> {
     }
   }
 
-  // The last `steps` steps by PRMT. A selector has a code per nibble: 4 codes take one PRMT
+  // The last step by PRMT. A selector has a code per nibble: 4 codes take one PRMT
   // for their low bytes, one for their high bytes, and two to put them together.
   template <bool WIDE>
   static FLUTE_DEVICE void mixed_fragments(u32 (&a)[4][4], const u32 (&w)[kWords], u32 smem_table,
-                                           u32 offset, const RegisterTable<3>& table, int steps,
-                                           int) {
+                                           u32 offset, const RegisterTable<3>& table,
+                                           bool in_registers, int) {
     constexpr u32 kMask = WIDE ? 0xFFFFFFFF : 0x3F3F3F3F;
     const u32 low = ((w[0] >> 6) & 0x03030303u) | ((w[1] >> 4) & ~0x03030303u);
     const u32 pair = (low & 0x0F0F0F0Fu) | ((w[2] >> 2) & ~0x0F0F0F0Fu);
 #pragma unroll
     for (int st = 0; st < 4; st++) {
       const u32 v = st < 3 ? w[st] : pair;
-      if (st < 4 - steps) {
+      if (st < 3 || !in_registers) {
         place_and_read(a[st], v & kMask, smem_table, offset);
         continue;
       }
@@ -391,25 +388,25 @@ struct Lookup<2> {
 
   // Whether step `st` takes its k in another order: the registers of half 0 then hold k = 2q and
   // 2q + 8, those of half 1 the odd ones.
-  static constexpr FLUTE_DEVICE bool crossed(int steps, int method, int st) {
-    return st < steps && method < 2;
+  static constexpr FLUTE_DEVICE bool crossed(int method, int st) {
+    return st < 2 && method < 2;
   }
 
   template <bool WIDE>
   static FLUTE_DEVICE void mixed_fragments(u32 (&a)[4][4], const u32 (&w)[kWords], u32 smem_table,
-                                           u32 offset, const RegisterTable<2>& table, int steps,
-                                           int method) {
+                                           u32 offset, const RegisterTable<2>& table,
+                                           bool in_registers, int method) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const u32 v = w[i];
       u32(&a0)[4] = a[i * 2], (&a1)[4] = a[i * 2 + 1];
-      if (i >= steps / 2 && WIDE) {
+      if (!(i == 0 && in_registers) && WIDE) {
         const u32 plain = __funnelshift_r(v, v, 7);
         ptx::ld_table_v2(a0[0], a0[1], smem_table + __byte_perm(plain, offset, 0x7604));
         ptx::ld_table_v2(a0[2], a0[3], smem_table + __byte_perm(plain, offset, 0x7614));
         ptx::ld_table_v2(a1[0], a1[1], smem_table + __byte_perm(plain, offset, 0x7624));
         ptx::ld_table_v2(a1[2], a1[3], smem_table + __byte_perm(plain, offset, 0x7634));
-      } else if (i >= steps / 2) {
+      } else if (!(i == 0 && in_registers)) {
         ptx::ld_table_v2(a0[0], a0[1], smem_table + ((v & kMask) | offset));
         ptx::ld_table_v2(a0[2], a0[3], smem_table + (((v >> 8) & kMask) | offset));
         ptx::ld_table_v2(a1[0], a1[1], smem_table + (((v >> 16) & kMask) | offset));
@@ -431,17 +428,10 @@ struct Lookup<2> {
       } else {
 #pragma unroll
         for (int j = 0; j < 4; j++) {  // row g + 8 (j % 2), code j / 2 of the pair
-          const u32 codes = (__funnelshift_r(v, v, 7 + 2 * j) & table.mask) | 0x003C7C40u;
-          if (method == 0) {
-            const u64 selectors = static_cast<u64>(codes) * 0x110011u;
-            a0[j] = ptx::prmt(table.low[0], table.high[0], static_cast<u32>(selectors));
-            a1[j] = ptx::prmt(table.high[0], table.low[0], static_cast<u32>(selectors >> 32));
-          } else {
-            const u32 selectors =
-                (__funnelshift_r(v, v, 7 + 2 * j) & 0x03030303u) * 0x11u + 0x40404040u;
-            a0[j] = ptx::prmt(table.low[0], table.high[0], selectors);
-            a1[j] = ptx::prmt(table.low[0], table.high[0], selectors >> 16);
-          }
+          const u32 selectors =
+              (__funnelshift_r(v, v, 7 + 2 * j) & 0x03030303u) * 0x11u + 0x40404040u;
+          a0[j] = ptx::prmt(table.low[0], table.high[0], selectors);
+          a1[j] = ptx::prmt(table.low[0], table.high[0], selectors >> 16);
         }
       }
     }

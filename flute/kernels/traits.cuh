@@ -43,16 +43,15 @@ struct Decode {
   static constexpr int kCluster = Config::cluster;
   static constexpr int kColumns = (Config::block_tokens + 7) / 8;  // mma column blocks
   static constexpr bool kSingle = Config::block_tokens == 1;
-  static constexpr int kChain = Config::chain;
   static constexpr bool kXStays = Config::x_source == kXRegisters;
   static constexpr int kXRounds =
       kXStays ? Config::x_rounds : 1;  // rounds whose x is in registers at once
   static constexpr bool kRowTables = Config::row_tables;
-  static constexpr int kRegisterSteps = Config::register_steps;  // of a chunk's 4, see lookup.cuh
-  static constexpr int kMethod = Config::method;
   static constexpr bool kWide = Config::wide_table;
-  static constexpr FLUTE_DEVICE int register_steps(int chunk) {
-    return chunk % Config::register_every == 0 ? kRegisterSteps : 0;
+  static constexpr int kMethod = Config::method;
+  // Whether a part of this chunk of a panel is looked up in registers, see lookup.cuh.
+  static constexpr FLUTE_DEVICE bool in_registers(int chunk) {
+    return Config::register_every > 0 && chunk % Config::register_every == 0;
   }
   static constexpr int kPartChunks = Config::part;  // chunks whose words are in registers at once
 
@@ -86,11 +85,9 @@ struct Decode {
   static constexpr int kBufferBytes = kTiles * Table::kRowTableBytes;
   using Rows = RowTables<kBits, Act, kTiles, kThreads>;
   static constexpr int kRawOffset = 2 * kBufferBytes;  // of two buffers of tables as they are
-  static constexpr int kTableBytes = kRowTables            ? kRowBuffers == 2
-                                                                 ? kRawOffset + 2 * Rows::kRawBytes
-                                                                 : kBufferBytes
-                                     : kRegisterSteps == 4 && Config::register_every == 1 ? 0
-                                     : kWide ? 65536 : Table::kTableBytes;
+  static constexpr int kTableBytes = !kRowTables        ? kWide ? 256 * 256 : Table::kTableBytes
+                                     : kRowBuffers == 2 ? kRawOffset + 2 * Rows::kRawBytes
+                                                        : kBufferBytes;
   static constexpr int kRingOffset = kTableBytes;
   static constexpr int kBarrierOffset = kRingOffset + kWarps * Config::stages * Ring::kSlotBytes;
   static constexpr int kXBarriers =
@@ -101,7 +98,8 @@ struct Decode {
   static_assert(kBits >= 2 && kBits <= 4, "tables of 2, 3 or 4 bits");
   static_assert(kGroup == 0 || kGroup == 32 || kGroup == 64 || kGroup == 128 || kGroup == 256,
                 "a group is 32, 64, 128 or 256 k, or 0 for the whole row");
-  static_assert(!kRowTables || kRegisterSteps == 0, "registers hold no tables of rows");
+  static_assert(!kRowTables || (!kWide && !in_registers(0)),
+                "rows' tables are neither wide nor in registers");
   static_assert(kRowBuffers == 1 || kRowBuffers == 2, "tables of one or two tile blocks");
   static_assert(kXRounds <= 2, "registers hold x of two rounds at most");
   static_assert(kPanel == 1 || kPanel == 2 || kPanel == 4 || (kPanel == 8 && kXStays),
