@@ -14,7 +14,7 @@ from flute.kernel_order import CHUNK_K, TILE_N, padded_k
 CHUNK_BYTES = {2: 256, 3: 384, 4: 512}
 TABLE_BYTES = {2: 32768, 3: 16384, 4: 32768}
 ROW_TABLE_BYTES = {2: 16384, 3: 16384, 4: 65536}  # per tile
-X_SOURCES = {"shared": 0, "global": 1, "registers": 2}
+X_SOURCES = {"shared": 0, "global": 1, "registers": 2, "streamed": 3}
 DTYPE_IDX = {"float16": 0, "bfloat16": 1, "float32": 2}
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
@@ -28,6 +28,7 @@ class KernelConfig:
     dtype: str = "float16"
     scale_dtype: str = "float16"
     row_tables: bool = False
+    row_buffers: int = 1  # with row_tables: 2 builds the next tile block's tables beside these
     block_tokens: int = 8  # M padded to 8, 16, 24 or 32
     num_warps: int = 8  # split K within a block
     panel: int = 4  # chunks of 64 k per ring slot
@@ -35,11 +36,14 @@ class KernelConfig:
     stages: int = 3  # ring slots per warp
     cluster: int = 1  # blocks that split K
     part: int = 4  # chunks of a slot whose words are in registers at once
+    wide_table: bool = False  # entries 256 bytes apart: 64 KB, and fewer instructions a lookup
+    register_every: int = 0  # every so many chunks, a part is looked up in registers
+    method: int = 1
     min_blocks: int = (
         2  # blocks per SM that registers must allow; 2 lets the next kernel start early
     )
     bulk: bool = True  # Hopper bulk copies; False: cp.async
-    x_source: str = "shared"  # or "global", or "registers": see XSource in decode.cuh
+    x_source: str = "shared"  # "global", "registers" or "streamed": see XSource in traits.cuh
     x_rounds: int = 1  # with x_source "registers": rounds of panels that cover K of a block
 
     def source(self) -> str:
@@ -64,6 +68,12 @@ class KernelConfig:
             self.panel * CHUNK_BYTES[self.num_bits] + units * TILE_N * DTYPE_BYTES[self.scale_dtype]
         )
 
+    @property
+    def row_table_bytes(self) -> int:
+        """Bytes that a tile's tables take with one table per row."""
+        raw = TILE_N * (2 << self.num_bits) if self.row_buffers == 2 else 0
+        return self.row_buffers * (ROW_TABLE_BYTES[self.num_bits] + raw)
+
     def x_stride(self, k: int) -> int:
         """Bytes between two tokens of x in shared memory: the largest share of K in a cluster."""
         panels = padded_k(k) // CHUNK_K // self.panel
@@ -72,8 +82,10 @@ class KernelConfig:
     def smem_bytes(self, m: int, k: int) -> int:
         """Dynamic shared memory of a block, in bytes; the same sum as decode.cuh's."""
         table = (
-            self.tiles * ROW_TABLE_BYTES[self.num_bits]
+            self.tiles * self.row_table_bytes
             if self.row_tables
+            else 65536
+            if self.wide_table
             else TABLE_BYTES[self.num_bits]
         )
         ring = self.num_warps * self.stages * self.slot_bytes
@@ -86,6 +98,7 @@ class KernelConfig:
             "shared": m * self.x_stride(k),
             "global": 0,
             "registers": self.num_warps * min(m, 8) * 144,
+            "streamed": self.num_warps * min(m, 8) * 144,
         }[self.x_source]
         return table + ring + -(-num_barriers // 2) * 16 + partials + x
 

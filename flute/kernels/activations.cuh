@@ -1,8 +1,33 @@
-// x on its way from global memory to mma B fragments, by the three routes of XSource.
+// x on its way from global memory to mma B fragments, by the four routes of XSource.
 #pragma once
 #include "schedule.cuh"
 
 namespace flute {
+
+// x of a warp's panels as rows, 16 bytes a lane: on the way to fragments.
+template <class D>
+struct XRows {
+  static constexpr int kStride = 144;  // bytes between tokens in the stage: 128 + 16
+  u32 v[D::kXRounds * D::kPanel][2][4];
+
+  // Tokens c * 8 to c * 8 + 7 of panels `panel`, `panel` + kWarps, ... of the share; else zeros.
+  FLUTE_DEVICE void load(const DecodeParams& p, const Share<D>& share, int c, int panel, int lane) {
+    const int last = min(p.shape_m - c * 8, 8) - 1, token = lane >> 3, granule = lane & 7;
+#pragma unroll
+    for (int j = 0; j < D::kXRounds * D::kPanel; j++) {
+      const int at = panel + j / D::kPanel * D::kWarps;
+      const int k = ((share.panel_begin + at) * D::kPanel + j % D::kPanel) * 64 + granule * 8;
+      const bool inside = at < share.num_panels && k < p.shape_k;
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        v[j][i][0] = v[j][i][1] = v[j][i][2] = v[j][i][3] = 0;
+        const u16* x = static_cast<const u16*>(p.x) +
+                       static_cast<long long>(c * 8 + token + i * 4) * p.shape_k + k;
+        if (inside && token + i * 4 <= last) ptx::ld_global_v4(v[j][i], x);
+      }
+    }
+  }
+};
 
 // x of one panel as B fragments: frag[chunk][column][step][half].
 template <class D>
@@ -10,10 +35,13 @@ struct XFragments {
   u32 v[D::kXRounds * D::kPanel][D::kColumns][4][2];
 
   FLUTE_DEVICE void set(int j, int c, int half, const u32 (&r)[4]) {
-    v[j][c][half * 2][0] = r[0];
-    v[j][c][half * 2][1] = r[1];
-    v[j][c][half * 2 + 1][0] = r[2];
-    v[j][c][half * 2 + 1][1] = r[3];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int st = half * 2 + i;
+      const bool crossed = D::in_registers(j) && D::Table::crossed(D::kMethod, st);
+      v[j][c][st][0] = crossed ? __byte_perm(r[i * 2], r[i * 2 + 1], 0x5410) : r[i * 2];
+      v[j][c][st][1] = crossed ? __byte_perm(r[i * 2], r[i * 2 + 1], 0x7632) : r[i * 2 + 1];
+    }
   }
 
   // From shared memory. `row` is the address of this lane's ldmatrix row at k = 0 of the block.
@@ -30,46 +58,38 @@ struct XFragments {
         }
   }
 
-  // All of this warp's x, once: global memory -> registers as rows, then through `stage` in shared
-  // memory to fragments. Why through registers: all loads fly at once, with a stage of one chunk.
-  FLUTE_DEVICE void load_once(const DecodeParams& p, int panel_begin, int num_panels, u32 stage,
-                              int warp, int lane) {
-    constexpr int kStride = 144;  // bytes between tokens: 128 + 16
-    const int token = lane >> 3, granule = lane & 7;
+  // From rows in registers, through `stage` in shared memory: a chunk at a time, 144 bytes a token.
+  FLUTE_DEVICE void transpose(const XRows<D>& rows, const DecodeParams& p, int c, u32 stage,
+                              int lane) {
+    const int last = min(p.shape_m - c * 8, 8) - 1, token = lane >> 3, granule = lane & 7;
+    const u32 row = stage + min(lane & 7, last) * XRows<D>::kStride + (lane >> 3) * 16;
+#pragma unroll
+    for (int j = 0; j < D::kXRounds * D::kPanel; j++) {
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if (token + i * 4 <= last)
+          ptx::st_shared_v4(stage + (token + i * 4) * XRows<D>::kStride + granule * 16,
+                            rows.v[j][i][0], rows.v[j][i][1], rows.v[j][i][2], rows.v[j][i][3]);
+      __syncwarp();
+      u32 lo[4], hi[4];
+      ptx::ldmatrix_x4(lo, row);
+      ptx::ldmatrix_x4(hi, row + 64);
+      set(j, c, 0, lo);
+      set(j, c, 1, hi);
+      __syncwarp();
+    }
+  }
+
+  // All of this warp's x, once. Why through registers: all loads fly at once, with a stage of one
+  // chunk.
+  FLUTE_DEVICE void load_once(const DecodeParams& p, const Share<D>& share, u32 stage, int warp,
+                              int lane) {
 #pragma unroll
     for (int c = 0; c < D::kColumns; c++) {
-      const int last = min(p.shape_m - c * 8, 8) - 1;
-      if (last < 0) break;
-      u32 raw[D::kXRounds * D::kPanel][2][4];
-#pragma unroll
-      for (int j = 0; j < D::kXRounds * D::kPanel; j++) {
-        const int panel = j / D::kPanel * D::kWarps + warp;
-        const int k = ((panel_begin + panel) * D::kPanel + j % D::kPanel) * 64 + granule * 8;
-        const bool inside = panel < num_panels && k < p.shape_k;
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          raw[j][i][0] = raw[j][i][1] = raw[j][i][2] = raw[j][i][3] = 0;
-          const u16* x = static_cast<const u16*>(p.x) +
-                         static_cast<long long>(c * 8 + token + i * 4) * p.shape_k + k;
-          if (inside && token + i * 4 <= last) ptx::ld_global_v4(raw[j][i], x);
-        }
-      }
-      const u32 row = stage + min(lane & 7, last) * kStride + (lane >> 3) * 16;
-#pragma unroll
-      for (int j = 0; j < D::kXRounds * D::kPanel; j++) {
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-          if (token + i * 4 <= last)
-            ptx::st_shared_v4(stage + (token + i * 4) * kStride + granule * 16, raw[j][i][0],
-                              raw[j][i][1], raw[j][i][2], raw[j][i][3]);
-        __syncwarp();
-        u32 lo[4], hi[4];
-        ptx::ldmatrix_x4(lo, row);
-        ptx::ldmatrix_x4(hi, row + 64);
-        set(j, c, 0, lo);
-        set(j, c, 1, hi);
-        __syncwarp();
-      }
+      if (c * 8 >= p.shape_m) break;
+      XRows<D> rows;
+      rows.load(p, share, c, warp, lane);
+      transpose(rows, p, c, stage, lane);
     }
   }
 
@@ -82,9 +102,14 @@ struct XFragments {
         int token = min(c * 8 + g, p.shape_m - 1);
         const u16* x = static_cast<const u16*>(p.x) + static_cast<long long>(token) * p.shape_k;
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-          int at = k + j * 64 + i * 8 + q * 2;
-          v[j][c][i / 2][i % 2] = at < p.shape_k ? ptx::ld_global(x + at) : 0;
+        for (int half = 0; half < 2; half++) {
+          u32 r[4];
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            const int at = k + j * 64 + half * 32 + i * 8 + q * 2;
+            r[i] = at < p.shape_k ? ptx::ld_global(x + at) : 0;
+          }
+          set(j, c, half, r);
         }
       }
   }

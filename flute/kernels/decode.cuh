@@ -59,12 +59,14 @@ namespace flute {
 template <class D, int ROUND>
 FLUTE_DEVICE void multiply_slot(float (&acc)[D::kColumns][4], const XFragments<D>& x,
                                 typename D::Ring& ring, Cursor<D>& next, const DecodeParams& p,
-                                u32 smem_table, u32 offset, int lane) {
+                                const typename D::Registers& registers, u32 smem_table, u32 offset,
+                                int lane) {
   using Table = typename D::Table;
   // Why in parts: more words at once cost registers, which spill (M > 8, or groups of 32).
   constexpr int kPart = D::kPanel < D::kPartChunks ? D::kPanel : D::kPartChunks;
   constexpr int kPartUnits =
       D::kUnitSteps < kPart * 4 ? kPart * 4 / D::kUnitSteps : 1;  // scales a part begins
+  constexpr int kRefill = kPart > 1 ? 1 : 0;  // chunk of the last part before which to refill
   const u32 slot = ring.wait();
   const u32 scales = slot + D::kWeightBytes + (lane >> 2) * 2 * D::Scale::kBytes;
   float sum[D::kColumns][4];
@@ -82,19 +84,31 @@ FLUTE_DEVICE void multiply_slot(float (&acc)[D::kColumns][4], const XFragments<D
             scale[u][0], scale[u][1],
             scales + (part * kPart * 4 / D::kUnitSteps + u) * 16 * D::Scale::kBytes);
     }
-    // The rest of the slot is in registers: refill it before the arithmetic.
-    if (part == D::kPanel / kPart - 1) {
-      __syncwarp();
-      refill<D>(ring, ring.stage, next, p, lane);
-      ring.advance();
-    }
 #pragma unroll
     for (int j = 0; j < kPart; j++) {
+      if (part == D::kPanel / kPart - 1 && j == kRefill) {
+        // Refill once all of the slot is in registers: a copy may overtake a read that is still in
+        // the queue of shared memory, which no barrier of the warp waits for (without this, 11 of
+        // 300 runs differed on 8192 x 28672, 3 bits, M = 8). So the refill depends on the values
+        // read, those of earlier chunks being in use. `offset` is a multiple of 4, unknown to ptxas.
+        u32 seen = 0;
+#pragma unroll
+        for (int i = kRefill * Table::kWords; i < kPart * Table::kWords; i++)
+          seen |= words[i / Table::kWords][i % Table::kWords];
+        if (D::kUnits > 0) {
+#pragma unroll
+          for (int i = 0; i < kPartUnits * 2; i++) seen |= __float_as_uint(scale[i / 2][i % 2]);
+        }
+        __syncwarp();
+        refill<D>(ring, ring.stage, next, p, lane, seen & offset & 3);
+        ring.advance();
+      }
       u32 a[4][4];
       if constexpr (D::kRowTables)
         Table::row_fragments(a, words[j], smem_table, offset);
       else
-        Table::fragments(a, words[j], smem_table, offset);
+        Table::template mixed_fragments<D::kWide>(a, words[j], smem_table, offset, registers,
+                                                  D::in_registers(part * kPart + j), D::kMethod);
 #pragma unroll
       for (int st = 0; st < 4; st++) {
         constexpr int kUnit = D::kUnitSteps;
@@ -111,15 +125,24 @@ FLUTE_DEVICE void multiply_slot(float (&acc)[D::kColumns][4], const XFragments<D
             D::Act::mma(sum[c], a[st], b0, b1, sum[c][0], sum[c][1], sum[c][2], sum[c][3]);
           if (D::kUnits > 0 && step % kUnit == kUnit - 1) {
             const int u = step / kUnit % kPartUnits;
-            acc[c][0] += scale[u][0] * sum[c][0];
-            acc[c][1] += scale[u][0] * sum[c][1];
-            acc[c][2] += scale[u][1] * sum[c][2];
-            acc[c][3] += scale[u][1] * sum[c][3];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+              if (!D::kSingle || i % 2 == 0) acc[c][i] += scale[u][i / 2] * sum[c][i];
           }
         }
       }
     }
   }
+}
+
+// A table to shared memory, by the whole block, and to registers.
+template <class D>
+FLUTE_DEVICE void load_table(typename D::Registers& registers, u32 smem, const float* table) {
+  if constexpr (D::in_registers(0)) registers.template load<typename D::Act>(table);
+  if constexpr (D::kWide)
+    D::Table::template build_wide<typename D::Act>(smem, table, threadIdx.x, D::kThreads);
+  else
+    D::Table::template build<typename D::Act>(smem, table, threadIdx.x, D::kThreads);
 }
 
 template <int VALUE>
@@ -139,23 +162,43 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
                                          D::kPartialStride * 4;
   const u32 x_barriers = barriers + (D::kXBarriers + warp * share.num_rounds) * 8;
 
+  using Rows = typename D::Rows;
+  const int num_blocks = (share.tile_end - share.tile_begin + D::kTiles - 1) / D::kTiles;
   const float* tables = static_cast<const float*>(p.table);
+  typename D::Registers registers;
   int range = 0;
   if constexpr (!D::kRowTables) {
     while (range + 1 < p.num_ranges && share.tile_begin >= p.range_end[range]) range++;
-    D::Table::template build<typename D::Act>(smem, tables + (range << D::kBits), threadIdx.x,
-                                              D::kThreads);
+    load_table<D>(registers, smem, tables + (range << D::kBits));
+  } else if constexpr (D::kRowBuffers == 2) {
+    const int second = share.tile_begin + (share.tile_end - share.tile_begin > D::kTiles
+                                               ? D::kTiles
+                                               : 0);
+    Rows first, next;
+    first.load(tables, share.tile_begin * 16, p.shape_n, threadIdx.x);
+    next.load(tables, second * 16, p.shape_n, threadIdx.x);
+    first.store(smem + D::kRawOffset, threadIdx.x);
+    next.store(smem + D::kRawOffset + Rows::kRawBytes, threadIdx.x);
+    __syncthreads();
+    Rows::template build<typename D::Table>(smem, smem + D::kRawOffset, threadIdx.x);
   }
+  u32 turn = 0;  // which buffer has the tables of this tile block's rows
   __syncthreads();
   ptx::griddepcontrol_wait();
 
   XFragments<D> x;
+  XRows<D> rows[D::kColumns];  // streamed: of the next round
   u32 x_row[D::kColumns];
+  const u32 stage = smem_x + warp * min(p.shape_m, 8) * XRows<D>::kStride;
   if constexpr (Config::x_source == kXShared) {
     fetch_x<D>(smem_x, x_barriers, p, share, warp, lane);
 #pragma unroll
     for (int c = 0; c < D::kColumns; c++)
       x_row[c] = smem_x + min(c * 8 + (lane & 7), p.shape_m - 1) * p.x_stride + (lane >> 3) * 16;
+  }
+  if constexpr (Config::x_source == kXStreamed) {
+#pragma unroll
+    for (int c = 0; c < D::kColumns; c++) rows[c].load(p, share, c, warp, lane);
   }
 
   u32 offset = D::kRowTables ? D::Table::row_lane_offset(lane) : D::Table::lane_offset(lane);
@@ -171,13 +214,17 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
         share.set_phase(p, phase);
         reduction.phase = phase;
       }
-      x.load_once(p, share.panel_begin, share.num_panels, smem_x + warp * min(p.shape_m, 8) * 144,
-                  warp, lane);
+      x.load_once(p, share, stage, warp, lane);
     }
     int count;
     for (int tile = share.tile_begin; tile < share.tile_end; tile += count) {
       count = share.block_tiles(p, tile);
-      if constexpr (D::kRowTables) {
+      Rows rows_after;
+      if constexpr (D::kRowTables && D::kRowBuffers == 2) {
+        const int block = (tile - share.tile_begin) / D::kTiles;
+        const int after = (block + 2) % num_blocks * D::kTiles;
+        rows_after.load(tables, (share.tile_begin + after) * 16, p.shape_n, threadIdx.x);
+      } else if constexpr (D::kRowTables) {
         __syncthreads();
         for (int t = 0; t < count; t++)
           D::Table::template build_rows<typename D::Act>(smem + t * D::Table::kRowTableBytes,
@@ -189,8 +236,7 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
         range = 0;
         while (tile >= p.range_end[range]) range++;
         __syncthreads();
-        D::Table::template build<typename D::Act>(smem, tables + (range << D::kBits), threadIdx.x,
-                                                  D::kThreads);
+        load_table<D>(registers, smem, tables + (range << D::kBits));
         __syncthreads();
       }
 
@@ -200,7 +246,8 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
         for (int t = 0; t < D::kTiles; t++)
           if (t < count)
             multiply_slot<D, decltype(round)::kValue>(
-                acc[t], x, ring, next, p, smem + (D::kRowTables ? t * D::Table::kRowTableBytes : 0),
+                acc[t], x, ring, next, p, registers,
+                D::kRowTables ? smem + turn * D::kBufferBytes + t * D::Table::kRowTableBytes : smem,
                 offset, lane);
       };
       if constexpr (D::kXStays) {
@@ -215,11 +262,26 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
           if constexpr (Config::x_source == kXShared) {
             if (tile == share.tile_begin) ptx::mbarrier_wait(x_barriers + round * 8, 0);
             x.load_shared(x_row, panel * D::kPanel * 64);
+          } else if constexpr (Config::x_source == kXStreamed) {
+            const int after = panel + D::kWarps < share.num_panels ? panel + D::kWarps : warp;
+#pragma unroll
+            for (int c = 0; c < D::kColumns; c++) {
+              x.transpose(rows[c], p, c, stage, lane);
+              rows[c].load(p, share, c, after, lane);
+            }
           } else {
             x.load_global(p, (share.panel_begin + panel) * D::kPanel * 64, lane >> 2, lane & 3);
           }
           multiply_round(Constant<0>());
         }
+      }
+      // The barrier in the sum parts what this tile block reads from what the next ones write.
+      if constexpr (D::kRowTables && D::kRowBuffers == 2) {
+        Rows::template build<typename D::Table>(smem + (turn ^ 1) * D::kBufferBytes,
+                                                smem + D::kRawOffset + (turn ^ 1) * Rows::kRawBytes,
+                                                threadIdx.x);
+        rows_after.store(smem + D::kRawOffset + turn * Rows::kRawBytes, threadIdx.x);
+        turn ^= 1;
       }
       reduction.run(acc, tile, count, p);
     }
@@ -249,7 +311,7 @@ __global__ void __launch_bounds__(Config::num_warps * 32, Config::min_blocks)
   __syncwarp();
   Cursor<D> next(p, share, warp);
 #pragma unroll 1
-  for (int i = 0; i < Config::stages; i++) refill<D>(ring, i, next, p, lane);
+  for (int i = 0; i < Config::stages; i++) refill<D>(ring, i, next, p, lane, 0);
   // Why here: earlier or later (at the top, after x, after the last refill) made no difference on
   // 4096 x 4096.
   ptx::griddepcontrol_launch_dependents();

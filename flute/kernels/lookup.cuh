@@ -43,6 +43,26 @@ FLUTE_DEVICE u32 table_pair(const float* table, int pair) {
   return lo | (hi << 16);
 }
 
+// A table in registers, the bytes of its 16-bit values apart: byte i of `low` (`high`) is the low
+// (high) byte of entry i. PRMT picks four bytes of two registers by the nibbles of a selector.
+template <int NUM_BITS>
+struct RegisterTable {
+  static_assert(NUM_BITS < 4, "PRMT selects among 8 bytes");
+  static constexpr int kWords = (1 << NUM_BITS) / 4;
+  u32 low[kWords], high[kWords];
+
+  template <class Act>
+  FLUTE_DEVICE void load(const float* table) {
+#pragma unroll
+    for (int i = 0; i < kWords; i++) {
+      const u32 v01 = table_pair<NUM_BITS, Act>(table, (i * 4) | (i * 4 + 1) << NUM_BITS),
+                v23 = table_pair<NUM_BITS, Act>(table, (i * 4 + 2) | (i * 4 + 3) << NUM_BITS);
+      low[i] = __byte_perm(v01, v23, 0x6420);
+      high[i] = __byte_perm(v01, v23, 0x7531);
+    }
+  }
+};
+
 // The tables of one tile of 16 rows, for lookups by pair: entry `pair` at pair * 256 + h * 128 +
 // lane * 4 holds the two values of row g + 8h. A lane serves two rows only, so per-row tables need
 // no lookup more than a common one.
@@ -58,6 +78,60 @@ FLUTE_DEVICE void build_row_pairs(u32 smem_table, const float* tables, int row, 
   }
 }
 
+// The tables of NUM_TILES tiles' rows on their way: global memory -> registers -> `raw` in shared
+// memory, 16 bits an entry -> pairs (as build_row_pairs). In three parts for a block to do between
+// its barriers, while it computes. Why through `raw`: reading 16 rows' entries pair by pair from
+// global memory took longer than all of a tile's lookups (28672 x 4096, 4 bits: 36 us).
+template <int NUM_BITS, class Act, int NUM_TILES, int NUM_THREADS>
+struct RowTables {
+  static constexpr int kEntries = 1 << NUM_BITS;
+  static constexpr int kRawBytes = NUM_TILES * 16 * kEntries * 2;
+  static constexpr int kCount = (NUM_TILES * 16 * kEntries + NUM_THREADS - 1) / NUM_THREADS;
+  float v[kCount];
+
+  FLUTE_DEVICE void load(const float* tables, int row, int num_rows, int thread_idx) {
+#pragma unroll
+    for (int i = 0; i < kCount; i++) {
+      const int at = i * NUM_THREADS + thread_idx, r = min(row + at / kEntries, num_rows - 1);
+      v[i] = ptx::ld_global_nc_f32(tables + static_cast<long long>(r) * kEntries + at % kEntries);
+    }
+  }
+
+  FLUTE_DEVICE void store(u32 smem_raw, int thread_idx) const {
+#pragma unroll
+    for (int i = 0; i < kCount; i++) {
+      const int at = i * NUM_THREADS + thread_idx;
+      if (at < NUM_TILES * 16 * kEntries)
+        ptx::st_shared_u16(smem_raw + at * 2, Act::from_float(v[i]));
+    }
+  }
+
+  // An item is a row, a lower code and as many upper codes as 16 bytes of `raw` hold.
+  template <class Table>
+  static FLUTE_DEVICE void build(u32 smem_table, u32 smem_raw, int thread_idx) {
+    constexpr int kUpper = kEntries < 8 ? kEntries : 8;
+    constexpr int kItems = 16 * kEntries * (kEntries / kUpper);  // of a tile
+    for (int i = thread_idx; i < NUM_TILES * kItems; i += NUM_THREADS) {
+      const int tile = i / kItems, row = i & 15, lower = i / 16 % kEntries,
+                upper = i % kItems / (16 * kEntries) * kUpper;
+      const u32 raw = smem_raw + (tile * 16 + row) * kEntries * 2;
+      const u32 low = ptx::ld_shared_u16(raw + lower * 2);
+      u32 high[4];
+      if constexpr (kUpper == 8)
+        ptx::ld_shared_v4(high, raw + upper * 2);
+      else
+        ptx::ld_shared_v2(high[0], high[1], raw);
+#pragma unroll
+      for (int j = 0; j < kUpper; j++) {
+        const u32 v = __byte_perm(low, high[j / 2], j % 2 ? 0x7610 : 0x5410);
+        ptx::st_shared_v4(smem_table + tile * Table::kRowTableBytes +
+                              Table::row_entry(lower | (upper + j) << NUM_BITS) + row * 16,
+                          v, v, v, v);
+      }
+    }
+  }
+};
+
 // Look up one step's four pairs, a byte each, in tables with entry stride 256: one PRMT makes `byte
 // << 8 | lane * 4`.
 FLUTE_DEVICE void place_and_read_rows(u32 (&a)[4], u32 bytes, u32 smem_table, u32 offset) {
@@ -65,6 +139,14 @@ FLUTE_DEVICE void place_and_read_rows(u32 (&a)[4], u32 bytes, u32 smem_table, u3
   a[1] = ptx::ld_table(smem_table + 128 + __byte_perm(bytes, offset, 0x7614));
   a[2] = ptx::ld_table(smem_table + __byte_perm(bytes, offset, 0x7624));
   a[3] = ptx::ld_table(smem_table + 128 + __byte_perm(bytes, offset, 0x7634));
+}
+
+// The same in one table, the lower 128 bytes of each entry.
+FLUTE_DEVICE void place_and_read(u32 (&a)[4], u32 bytes, u32 smem_table, u32 offset) {
+  a[0] = ptx::ld_table(smem_table + __byte_perm(bytes, offset, 0x7604));
+  a[1] = ptx::ld_table(smem_table + __byte_perm(bytes, offset, 0x7614));
+  a[2] = ptx::ld_table(smem_table + __byte_perm(bytes, offset, 0x7624));
+  a[3] = ptx::ld_table(smem_table + __byte_perm(bytes, offset, 0x7634));
 }
 
 template <>
@@ -103,8 +185,31 @@ struct Lookup<4> {
     }
   }
 
+  template <class Act>
+  static FLUTE_DEVICE void build_wide(u32 smem_table, const float* table, int thread_idx,
+                                      int num_threads) {
+    for (int i = thread_idx; i < 256 * 8; i += num_threads) {
+      u32 v = table_pair<4, Act>(table, i >> 3);
+      ptx::st_shared_v4(smem_table + (i >> 3) * 256 + (i & 7) * 16, v, v, v, v);
+    }
+  }
+
+  static constexpr FLUTE_DEVICE bool crossed(int, int) { return false; }
+  template <bool WIDE>
+  static FLUTE_DEVICE void mixed_fragments(u32 (&a)[4][4], const u32 (&w)[kWords], u32 smem_table,
+                                           u32 offset, const RegisterTable<3>&, bool, int) {
+    if constexpr (!WIDE) {
+      fragments(a, w, smem_table, offset);
+    } else {
+#pragma unroll
+      for (int st = 0; st < 4; st++)
+        place_and_read(a[st], __funnelshift_l(w[st], w[st], 25), smem_table, offset);
+    }
+  }
+
   // One table per row: entry stride 256, the upper 128 bytes serve rows g + 8.
   static constexpr int kRowTableBytes = 256 * 256;
+  static FLUTE_DEVICE u32 row_entry(int pair) { return pair * 256; }
 
   template <class Act>
   static FLUTE_DEVICE void build_rows(u32 smem_table, const float* tables, int row, int num_rows,
@@ -172,8 +277,48 @@ struct Lookup<3> {
     }
   }
 
+  static constexpr FLUTE_DEVICE bool crossed(int, int) { return false; }
+
+  template <class Act>
+  static FLUTE_DEVICE void build_wide(u32 smem_table, const float* table, int thread_idx,
+                                      int num_threads) {
+    for (int i = thread_idx; i < 256 * 8; i += num_threads) {
+      u32 v = table_pair<3, Act>(table, i >> 3 & 63);
+      ptx::st_shared_v4(smem_table + (i >> 3) * 256 + (i & 7) * 16, v, v, v, v);
+    }
+  }
+
+  // The last step by PRMT. A selector has a code per nibble: 4 codes take one PRMT
+  // for their low bytes, one for their high bytes, and two to put them together.
+  template <bool WIDE>
+  static FLUTE_DEVICE void mixed_fragments(u32 (&a)[4][4], const u32 (&w)[kWords], u32 smem_table,
+                                           u32 offset, const RegisterTable<3>& table,
+                                           bool in_registers, int) {
+    constexpr u32 kMask = WIDE ? 0xFFFFFFFF : 0x3F3F3F3F;
+    const u32 low = ((w[0] >> 6) & 0x03030303u) | ((w[1] >> 4) & ~0x03030303u);
+    const u32 pair = (low & 0x0F0F0F0Fu) | ((w[2] >> 2) & ~0x0F0F0F0Fu);
+#pragma unroll
+    for (int st = 0; st < 4; st++) {
+      const u32 v = st < 3 ? w[st] : pair;
+      if (st < 3 || !in_registers) {
+        place_and_read(a[st], v & kMask, smem_table, offset);
+        continue;
+      }
+      const u32 nibbles = (v & 0x38383838u) * 2 + (v & 0x07070707u);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const u32 selector = half ? nibbles >> 16 : nibbles;
+        const u32 low = ptx::prmt(table.low[0], table.low[1], selector),
+                  high = ptx::prmt(table.high[0], table.high[1], selector);
+        a[st][half * 2] = __byte_perm(low, high, 0x5140);
+        a[st][half * 2 + 1] = __byte_perm(low, high, 0x7362);
+      }
+    }
+  }
+
   // One table per row: the unused half of each entry's stride serves rows g + 8.
   static constexpr int kRowTableBytes = 64 * 256;
+  static FLUTE_DEVICE u32 row_entry(int pair) { return pair * 256; }
 
   template <class Act>
   static FLUTE_DEVICE void build_rows(u32 smem_table, const float* tables, int row, int num_rows,
@@ -230,9 +375,72 @@ struct Lookup<2> {
     }
   }
 
+  template <class Act>
+  static FLUTE_DEVICE void build_wide(u32 smem_table, const float* table, int thread_idx,
+                                      int num_threads) {
+    for (int i = thread_idx; i < 256 * 8; i += num_threads) {
+      const int e = i >> 3;
+      const u32 v0 = table_pair<2, Act>(table, (e & 3) | ((e >> 2) & 12)),
+                v1 = table_pair<2, Act>(table, ((e >> 2) & 3) | ((e >> 4) & 12));
+      ptx::st_shared_v4(smem_table + e * 256 + (i & 7) * 16, v0, v1, v0, v1);
+    }
+  }
+
+  // Whether step `st` takes its k in another order: the registers of half 0 then hold k = 2q and
+  // 2q + 8, those of half 1 the odd ones.
+  static constexpr FLUTE_DEVICE bool crossed(int method, int st) {
+    return st < 2 && method < 2;
+  }
+
+  template <bool WIDE>
+  static FLUTE_DEVICE void mixed_fragments(u32 (&a)[4][4], const u32 (&w)[kWords], u32 smem_table,
+                                           u32 offset, const RegisterTable<2>& table,
+                                           bool in_registers, int method) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const u32 v = w[i];
+      u32(&a0)[4] = a[i * 2], (&a1)[4] = a[i * 2 + 1];
+      if (!(i == 0 && in_registers) && WIDE) {
+        const u32 plain = __funnelshift_r(v, v, 7);
+        ptx::ld_table_v2(a0[0], a0[1], smem_table + __byte_perm(plain, offset, 0x7604));
+        ptx::ld_table_v2(a0[2], a0[3], smem_table + __byte_perm(plain, offset, 0x7614));
+        ptx::ld_table_v2(a1[0], a1[1], smem_table + __byte_perm(plain, offset, 0x7624));
+        ptx::ld_table_v2(a1[2], a1[3], smem_table + __byte_perm(plain, offset, 0x7634));
+      } else if (!(i == 0 && in_registers)) {
+        ptx::ld_table_v2(a0[0], a0[1], smem_table + ((v & kMask) | offset));
+        ptx::ld_table_v2(a0[2], a0[3], smem_table + (((v >> 8) & kMask) | offset));
+        ptx::ld_table_v2(a1[0], a1[1], smem_table + (((v >> 16) & kMask) | offset));
+        ptx::ld_table_v2(a1[2], a1[3],
+                         smem_table + ((__funnelshift_l(v, v, 8) & kMask) | offset));
+      } else if (method == 2) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          const u32 nibbles = __funnelshift_r(v, v, 7 + 2 * j) & 0x33333333u;
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            const u32 selector = half ? nibbles >> 16 : nibbles;
+            const u32 low = ptx::prmt(table.low[0], table.low[0], selector),
+                      high = ptx::prmt(table.high[0], table.high[0], selector);
+            (half ? a1 : a0)[j] = __byte_perm(low, high, 0x5140);
+            (half ? a1 : a0)[j + 2] = __byte_perm(low, high, 0x7362);
+          }
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {  // row g + 8 (j % 2), code j / 2 of the pair
+          const u32 selectors =
+              (__funnelshift_r(v, v, 7 + 2 * j) & 0x03030303u) * 0x11u + 0x40404040u;
+          a0[j] = ptx::prmt(table.low[0], table.high[0], selectors);
+          a1[j] = ptx::prmt(table.low[0], table.high[0], selectors >> 16);
+        }
+      }
+    }
+  }
+
   // One table per row: pairs (index bits 0-1 and 4-5, stride 256), since a quad mixes rows g and g
   // + 8. Costs 8 more instructions a chunk, no more shared-memory cycles, and far less to build.
   static constexpr int kRowTableBytes = 64 * 256;
+  static FLUTE_DEVICE u32 row_entry(int pair) { return ((pair & 3) | (pair & 12) << 2) * 256; }
   static FLUTE_DEVICE u32 row_lane_offset(int lane) { return lane * 4; }
 
   template <class Act>

@@ -45,6 +45,18 @@ FLUTE_DEVICE u32 ld_shared(u32 address) {
   return v;
 }
 
+// ld.shared.u16 (any GPU): 2 bytes, ordered like ld_shared_v4.
+FLUTE_DEVICE u32 ld_shared_u16(u32 address) {
+  u16 v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address) : "memory");
+  return v;
+}
+
+// st.shared.u16 (any GPU), ordered.
+FLUTE_DEVICE void st_shared_u16(u32 address, u16 v) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(v) : "memory");
+}
+
 // ld.shared of a table entry. Not volatile: the table does not change while its lookups are in
 // flight (a barrier and a data dependence on volatile loads stand on both sides), so the compiler
 // may schedule lookups freely.
@@ -298,6 +310,15 @@ FLUTE_DEVICE u32 mul_bf16x2(u32 a, u32 b) {
   u32 v;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(0x80008000u));
   return v;
+}
+
+// prmt.b32 (any GPU): byte i of the result is that byte of the eight of a and b which nibble i of
+// `selector` names. Why not __byte_perm: it masks every selector that is no constant, an instruction
+// each; here nibbles must be below 8.
+FLUTE_DEVICE u32 prmt(u32 a, u32 b, u32 selector) {
+  u32 d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+  return d;
 }
 
 // cvt.f32.f16 (any GPU).

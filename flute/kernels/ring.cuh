@@ -36,10 +36,11 @@ struct BulkRing {
   }
 
   // The whole warp calls; `at` is the stage to fill.
-  FLUTE_DEVICE void fill(u32 at, const u8* weights, const u8* scales, bool wanted, int lane) {
+  FLUTE_DEVICE void fill(u32 at, const u8* weights, const u8* scales, bool wanted, int lane,
+                         u32 zero) {
     if (wanted && ptx::elect_one()) {
       const u32 slot = slots + at * kSlotBytes, barrier = barriers + at * 8;
-      ptx::mbarrier_arrive_expect_tx(barrier, kSlotBytes);
+      ptx::mbarrier_arrive_expect_tx(barrier, kSlotBytes + zero);  // copies are issued after it
       ptx::cp_async_bulk(slot, weights, WEIGHT_BYTES, barrier);
       if (SCALE_BYTES > 0) ptx::cp_async_bulk(slot + WEIGHT_BYTES, scales, SCALE_BYTES, barrier);
     }
@@ -73,9 +74,10 @@ struct AsyncRing {
   FLUTE_DEVICE void init() const {}
 
   // Every call makes one group, wanted or not, so that `wait` can count groups.
-  FLUTE_DEVICE void fill(u32 at, const u8* weights, const u8* scales, bool wanted, int lane) {
+  FLUTE_DEVICE void fill(u32 at, const u8* weights, const u8* scales, bool wanted, int lane,
+                         u32 zero) {
     if (wanted) {
-      const u32 to = slots + at * kSlotBytes + lane * 16;
+      const u32 to = slots + at * kSlotBytes + lane * 16 + zero;
 #pragma unroll
       for (int i = 0; i < WEIGHT_BYTES; i += 512)
         if (i + lane * 16 < WEIGHT_BYTES) ptx::cp_async_16(to + i, weights + i + lane * 16, 16);

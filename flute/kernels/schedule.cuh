@@ -88,10 +88,10 @@ struct Cursor {
   }
 };
 
-// Start the copy of the warp's next slot into stage `at` of its ring.
+// Start the copy of the warp's next slot into stage `at` of its ring, once `zero`, which is 0, is known.
 template <class D>
 FLUTE_DEVICE void refill(typename D::Ring& ring, u32 at, Cursor<D>& next, const DecodeParams& p,
-                         int lane) {
+                         int lane, u32 zero) {
   const bool wanted = next.count > 0;
   // NOTE: 32 bits count chunks of 1024 weights, so N * K stays below 2^42.
   const u32 chunk = static_cast<u32>(next.tile + next.t) * p.num_chunks +
@@ -102,7 +102,7 @@ FLUTE_DEVICE void refill(typename D::Ring& ring, u32 at, Cursor<D>& next, const 
   // counts whole groups.
   const u8* scales = static_cast<const u8*>(p.scales) +
                      static_cast<u64>(chunk * 4 / D::kGroupSteps) * (16 * D::Scale::kBytes);
-  ring.fill(at, weights, scales, wanted, lane);
+  ring.fill(at, weights, scales, wanted, lane, zero);
   if (wanted) next.advance(p);
 }
 

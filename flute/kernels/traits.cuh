@@ -10,8 +10,9 @@ namespace flute {
 
 // Where a panel's x comes from each time it is needed. Registers: read once, kept (K of a warp is
 // short); shared memory: read once per tile block; global memory (L1, L2): the way out when x fits
-// neither.
-enum XSource : int { kXShared = 0, kXGlobal = 1, kXRegisters = 2 };
+// neither; streamed: from global memory (L2) one round ahead, for blocks with one or two tile
+// blocks, where keeping x would save little and phases of K would cost more.
+enum XSource : int { kXShared = 0, kXGlobal = 1, kXRegisters = 2, kXStreamed = 3 };
 
 // Passed by value; flute/jit/launch.py packs the same fields in the same order.
 struct DecodeParams {
@@ -40,16 +41,24 @@ struct Decode {
   static constexpr int kPanel = Config::panel;
   static constexpr int kTiles = Config::tiles;
   static constexpr int kCluster = Config::cluster;
-  static constexpr int kColumns = Config::block_tokens / 8;  // mma column blocks
+  static constexpr int kColumns = (Config::block_tokens + 7) / 8;  // mma column blocks
+  static constexpr bool kSingle = Config::block_tokens == 1;
   static constexpr bool kXStays = Config::x_source == kXRegisters;
   static constexpr int kXRounds =
       kXStays ? Config::x_rounds : 1;  // rounds whose x is in registers at once
   static constexpr bool kRowTables = Config::row_tables;
+  static constexpr bool kWide = Config::wide_table;
+  static constexpr int kMethod = Config::method;
+  // Whether a part of this chunk of a panel is looked up in registers, see lookup.cuh.
+  static constexpr FLUTE_DEVICE bool in_registers(int chunk) {
+    return Config::register_every > 0 && chunk % Config::register_every == 0;
+  }
   static constexpr int kPartChunks = Config::part;  // chunks whose words are in registers at once
 
   using Act = Element<Config::dtype>;
   using Scale = Element<Config::scale_dtype>;
   using Table = Lookup<kBits>;
+  using Registers = RegisterTable<kBits == 2 ? 2 : 3>;
 
   // Groups in mma steps (16 k) and the part of a group that one panel covers.
   static constexpr int kPanelSteps = kPanel * 4;
@@ -70,8 +79,15 @@ struct Decode {
   };
   using Ring = typename PickRing<Config::bulk, Config::stages, kWeightBytes, kScaleBytes>::Type;
 
-  static constexpr int kTableBytes =
-      kRowTables ? kTiles * Table::kRowTableBytes : Table::kTableBytes;
+  // With one table per row, the tables of the next tile block are built while those of this one are
+  // in use, if there is room for both.
+  static constexpr int kRowBuffers = Config::row_buffers;
+  static constexpr int kBufferBytes = kTiles * Table::kRowTableBytes;
+  using Rows = RowTables<kBits, Act, kTiles, kThreads>;
+  static constexpr int kRawOffset = 2 * kBufferBytes;  // of two buffers of tables as they are
+  static constexpr int kTableBytes = !kRowTables        ? kWide ? 256 * 256 : Table::kTableBytes
+                                     : kRowBuffers == 2 ? kRawOffset + 2 * Rows::kRawBytes
+                                                        : kBufferBytes;
   static constexpr int kRingOffset = kTableBytes;
   static constexpr int kBarrierOffset = kRingOffset + kWarps * Config::stages * Ring::kSlotBytes;
   static constexpr int kXBarriers =
@@ -82,11 +98,14 @@ struct Decode {
   static_assert(kBits >= 2 && kBits <= 4, "tables of 2, 3 or 4 bits");
   static_assert(kGroup == 0 || kGroup == 32 || kGroup == 64 || kGroup == 128 || kGroup == 256,
                 "a group is 32, 64, 128 or 256 k, or 0 for the whole row");
+  static_assert(!kRowTables || (!kWide && !in_registers(0)),
+                "rows' tables are neither wide nor in registers");
+  static_assert(kRowBuffers == 1 || kRowBuffers == 2, "tables of one or two tile blocks");
   static_assert(kXRounds <= 2, "registers hold x of two rounds at most");
   static_assert(kPanel == 1 || kPanel == 2 || kPanel == 4 || (kPanel == 8 && kXStays),
                 "K is padded to 4 chunks; panels of 8 need K % 512 == 0 and, since fetch_x has 32 "
                 "lanes, x in registers");
-  static_assert(Config::block_tokens % 8 == 0 && kColumns >= 1 && kColumns <= 4,
+  static_assert((kSingle || Config::block_tokens % 8 == 0) && kColumns >= 1 && kColumns <= 4,
                 "8, 16, 24 or 32 tokens");
   static_assert(kCluster == 1 || Config::bulk, "clusters need sm_90, as bulk copies do");
 };
