@@ -209,6 +209,8 @@ def _plans(problem: Problem, gpu: Gpu) -> Iterator[BatchPlan]:
         base = replace(base, panel=2, x_panel=2)
     if group_size == 0:
         base = replace(base, sum_buffers=1)
+    if row_tables:  # their lookups need more registers
+        base = replace(base, buffers=2, sum_buffers=1)
     for cluster in (1, 2, 4, 8):
         for tokens in _token_tiles(m):
             shape = replace(base, tokens=tokens, cluster=cluster, scale_sums=tokens <= 32)

@@ -278,7 +278,7 @@ struct Feed {
         static_cast<const u8*>(p.packed) + static_cast<u64>(chunk) * D::Table::kChunkBytes;
     const u8* scales = static_cast<const u8*>(p.scales) +
                        static_cast<u64>(chunk * 4 / D::kGroupSteps) * (16 * D::Scale::kBytes);
-    ring.fill(stage, weights, scales, wanted, lane);
+    ring.fill(stage, weights, scales, wanted, lane, 0);
     if (!wanted) return;
     chunk += D::kPanel;
     if (--left == 0) {

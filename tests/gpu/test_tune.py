@@ -12,7 +12,7 @@ import flute
 from flute import launchers, tune, tuning
 from flute.candidates import candidates
 from flute.cli import main
-from flute.config import Plan, Problem
+from flute.config import Problem
 from flute.device import gpu_of
 from flute.format import QuantizedWeight, QuantSpec
 from flute.timing import capture, rotated_copies, time_graphs_us, time_us
