@@ -194,3 +194,46 @@ def test_two_pointers_by_the_short_way(driver):
     kernel.bind({0: 9}).launch(0, 1)
     with pytest.raises(ValueError, match="not enough values"):
         kernel.bind({0: 9}).launch_pair(0, 1, 2)
+
+
+def test_a_tensor_map_is_asked_for_as_the_driver_declares_it(monkeypatch):
+    """Types and order of arguments as in cuda.h: 12, of which 32-bit numbers are by value."""
+    seen = {}
+    pointer, u32 = ctypes.c_void_p, ctypes.c_uint
+    prototype = ctypes.CFUNCTYPE(
+        ctypes.c_int, *(pointer, u32, u32, pointer, pointer, pointer, pointer, pointer, *[u32] * 4)
+    )
+
+    def encode(out, dtype, rank, address, dims, strides, box, steps, *modes):
+        numbers = ctypes.c_uint64 * 2
+        words = ctypes.c_uint32 * 2
+        seen.update(dtype=dtype, rank=rank, address=address, modes=modes, aligned=out % 64 == 0)
+        seen["dims"] = list(numbers.from_address(dims))
+        seen["strides"] = ctypes.c_uint64.from_address(strides).value
+        seen["box"], seen["steps"] = list(words.from_address(box)), list(words.from_address(steps))
+        ctypes.memset(out, 7, 128)
+        return seen.get("error", 0)
+
+    function = prototype(encode)
+
+    class Library:
+        def __init__(self):
+            self.cuTensorMapEncodeTiled = _untyped(ctypes.cast(function, pointer).value)
+
+        def cuGetErrorName(self, error, name):
+            name._obj.value = b"CUDA_ERROR_TEST"
+
+    monkeypatch.setattr(launch, "_driver", Library)
+    launch.tensor_map.cache_clear()
+    words = launch.tensor_map(0x7F00_0000_1230, 5, 4096, 16, "bfloat16")
+    assert words.tobytes() == bytes([7]) * 128
+    assert seen == {
+        **{"dtype": 9, "rank": 2, "address": 0x7F00_0000_1230, "aligned": True},
+        **{"dims": [4096, 5], "strides": 8192, "box": [64, 16], "steps": [1, 1]},
+        "modes": (0, 3, 3, 0),
+    }
+    assert launch.tensor_map(0x7F00_0000_1230, 5, 4096, 16, "bfloat16") is words
+    seen["error"] = 1
+    with pytest.raises(LaunchError, match="cuTensorMapEncodeTiled of 6 x 4096 failed"):
+        launch.tensor_map(16, 6, 4096, 16, "float16")
+    launch.tensor_map.cache_clear()

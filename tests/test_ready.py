@@ -44,10 +44,21 @@ class Kernel:
         bound.streams = self.streams
         return bound
 
+    def launch_mapped(self, stream, *at, regions):
+        """As the batch kernel is: x by a map, no scratch."""
+        ((offset, words),) = regions
+        address, rows, columns, box = words
+        assert (offset, rows, columns, box) == (0, self.M, self.weight.K, 16)
+        bound = [self.bound[i] if i in self.bound else at[i] for i in range(4)]
+        Kernel(self.weight, self.M, self.dtype).launch(stream, address, *bound, 0, at[-1])
+        self.streams.append(stream)
+
     def launch_pair(self, stream, x, out):
         self.launch(stream, x, *(self.bound[i] for i in range(1, 6)), out)
 
-    def launch(self, stream, *at):
+    def launch(self, stream, *at, regions=()):
+        if regions:
+            return self.launch_mapped(stream, *at, regions=regions)
         self.streams.append(stream)
         w = self.weight
         packed, scales, table = (memory(at[i], t) for i, t in zip((1, 2, 3), w[:3], strict=True))
@@ -357,3 +368,29 @@ def test_other_numbers_of_tokens_take_the_op(kernels, monkeypatch, shape):
     assert calls == [(draw(*shape).numel() // K, K)]
     assert not layer._ready
     assert launches(kernels) == 0
+
+
+@pytest.mark.parametrize("shape", [(9, K), (3, 4, K), (256, K)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_kernel_that_takes_x_by_a_map(kernels, monkeypatch, shape, bias):
+    from flute.jit import launch
+
+    made = launchers.product
+
+    def product(*args):
+        return made(*args)._replace(map_tokens=16)
+
+    def tensor_map(address, rows, columns, box_rows, dtype):
+        assert dtype == "float16"
+        return [address, rows, columns, box_rows]
+
+    monkeypatch.setattr(launchers, "product", product)
+    monkeypatch.setattr(launch, "tensor_map", tensor_map)
+    layer, plain = make(bias=bias)
+    x = draw(*shape)
+    for _ in range(2):
+        assert torch.equal(layer(x), expected(plain, x))
+    unaligned = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(shape).copy_(x)
+    assert torch.equal(layer(unaligned), expected(plain, x))
+    assert len(layer._ready) == 1
+    assert len(kernels) == 1

@@ -15,7 +15,8 @@
 //                     decode.cuh)      | wgmma m64 n TOKENS k16, B = x in shared memory
 //   end of a pass     sums -> shared memory -> (cluster: all ranks' sums) -> bias -> out
 //
-// A chunk's 4 wgmma run while the next chunk is looked up: two sets of A fragments take turns.
+// A batch is 2 or 4 steps of 16 k. While one batch's wgmma run, the next is looked up: 4 buffers of
+// fragments, or 2 where registers are short.
 //
 // Scales. SCALE_SUMS: wgmma sums one group, which is then scaled into the total in fp32, as in
 // decode.cuh. Otherwise the looked-up weights are scaled and rounded to the activations' dtype,
@@ -28,7 +29,7 @@
 //   x          X_STAGES * X_PANEL * TOKENS * 128          (1024-byte aligned for the swizzle)
 //   table      StepLookup<NUM_BITS>::kTableBytes, or 4 * WARPGROUPS * (128 << NUM_BITS) with row tables
 //   rings      4 * WARPGROUPS * STAGES * (PANEL chunks + their scales)
-//   partials   WARPGROUPS * SLAB * (64 + 4) * 4, SLAB = tokens stored at a time
+//   partials   WARPGROUPS * SLAB * (64 + 4) * 4, SLAB = tokens stored at a time: 32, or 16, or all
 //   barriers   8 each
 //
 // Reproducible: each sum has one fixed order; no atomics. Minimum: sm_90a. Ideas: weights as A from
@@ -69,20 +70,10 @@ struct StepLookup {
   template <class Act>
   static FLUTE_DEVICE void build(u32 smem_table, const float* table, int thread_idx,
                                  int num_threads) {
-    if constexpr (NUM_BITS == 3) {
+    if constexpr (NUM_BITS == 3)
       Table::template build<Act>(smem_table, table, thread_idx, num_threads);
-    } else {
-      for (int i = thread_idx; i < 256 * 8; i += num_threads) {
-        u32 v0, v1;
-        if constexpr (NUM_BITS == 4) {
-          v0 = v1 = table_pair<4, Act>(table, i >> 3);
-        } else {  // codes of row g at bits 0-1, 4-5 of the byte, of row g + 8 at 2-3, 6-7
-          v0 = table_pair<2, Act>(table, (i >> 3 & 3) | (i >> 5 & 12));
-          v1 = table_pair<2, Act>(table, (i >> 5 & 3) | (i >> 7 & 12));
-        }
-        ptx::st_shared_v4(smem_table + (i >> 3) * 256 + (i & 7) * 16, v0, v1, v0, v1);
-      }
-    }
+    else
+      Table::template build_wide<Act>(smem_table, table, thread_idx, num_threads);
   }
 
   static FLUTE_DEVICE void split(u32 (&bytes)[kWords], const u32 (&w)[Table::kWords]) {
