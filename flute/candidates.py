@@ -36,10 +36,12 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Plan]:
     )
     plans: list[Plan] = []
     for blocks_per_sm, changes in (
-        *_preferred(num_bits, group_size, m, n, k, gpu),
-        *_variations(group_size, m, gpu),
+        *_preferred(problem, gpu),
+        *_variations(num_bits, group_size, m, gpu),
     ):
         config = replace(base, **changes)
+        if row_tables and config.register_every:
+            continue
         if (
             config.tiles > 1
             and n / TILE_N / gpu.num_sms < 0.6 * config.tiles * blocks_per_sm / config.cluster
@@ -75,18 +77,24 @@ def heuristic(problem: Problem, gpu: Gpu) -> Plan:
     return plans[0]
 
 
-def _preferred(num_bits: int, group_size: int, m: int, n: int, k: int, gpu: Gpu) -> list[Changes]:
+def _preferred(problem: Problem, gpu: Gpu) -> list[Changes]:
     """What won on an H200 (fp16, group 128, 2026-11-22), by the problem's shape."""
+    num_bits, group_size, _, _, row_tables, m, n, k = problem
     tiles_per_sm = n / TILE_N / gpu.num_sms
-    part = 2 if num_bits == 4 or 0 < group_size < 128 else 4
     wide = {"num_warps": 16, "min_blocks": 1}
     kept = {"x_source": "registers"}
     tiles = 4 if tiles_per_sm > 2 else 2 if tiles_per_sm > 1 else 1
-    # Why tight: with more scales, or another ptxas, 4 tiles would spill.
-    tight = 0 < group_size < 128 or gpu.arch != "sm_90a"
-    kept_tiles = min(tiles, 2) if tight else tiles
-    if gpu.arch != "sm_90a":  # NVRTC 13.5: 4 to 20 bytes of spills on sm_80 and sm_100 with two
-        kept_tiles = 1
+    # Why tight: with more scales, 4 tiles would spill. NVRTC 13.5 spills 4 to 60 bytes on other
+    # architectures with two tiles or x of two rounds, or within 128 registers with x streamed.
+    tested = gpu.arch == "sm_90a"
+    tight = 0 < group_size < 128 or not tested
+    kept_tiles = (min(tiles, 2) if tight else tiles) if tested else 1
+    kept_rounds = 2 if k > 4096 and tested and not (num_bits == 4 and tight) else 1
+    if m <= 8 and row_tables:
+        return [
+            *_with_row_tables(1 if num_bits == 4 else kept_tiles, tight, kept_rounds),
+            *_preferred(problem._replace(row_tables=False), gpu),
+        ]
     if m > 16:
         return [
             (
@@ -121,61 +129,49 @@ def _preferred(num_bits: int, group_size: int, m: int, n: int, k: int, gpu: Gpu)
             if num_bits == 4 and tiles_per_sm < 8
             else [(1, pairs), (1, narrow)]
         )
+    mixed = {"register_every": 2} if num_bits == 2 else {}
+    if m > 1 and tiles_per_sm < 2.5:
+        # One tile block: x comes a round ahead of its use, and is never read again.
+        return [
+            (
+                1,
+                {
+                    "num_warps": 8,
+                    "min_blocks": 2 if tested else 1,
+                    "panel": 4,
+                    "part": 1 if tight else 2,
+                    "tiles": min(kept_tiles, 2),
+                    "stages": 2,
+                    "x_source": "streamed",
+                },
+            )
+        ]
     if tiles_per_sm < 2.5 and k <= 8192:
         # Short: two blocks per SM, so that the next kernel starts under this one.
-        if m == 1:
-            return [
-                (
-                    1,
-                    {
-                        "num_warps": 8,
-                        "panel": 4,
-                        "part": 2 if 0 < group_size < 128 else 4,
-                        "tiles": min(tiles, 2),
-                        "stages": 4,
-                    },
-                )
-            ]
         return [
             (
                 1,
                 {
                     "num_warps": 8,
                     "panel": 4,
-                    "x_rounds": 2,
-                    "part": part,
+                    "part": 2 if 0 < group_size < 128 else 4,
                     "tiles": min(tiles, 2),
-                    "stages": 2,
-                    **kept,
+                    "stages": 4,
                 },
             )
         ]
-    if tiles_per_sm > 20 and 4096 < k <= 8192:
-        return [
-            (
-                1,
-                {
-                    **wide,
-                    "panel": 8,
-                    "part": 2,
-                    "tiles": min(kept_tiles, 2) if num_bits == 4 or tight else 4,
-                    "stages": 2,
-                    **kept,
-                },
-            ),
-            (
-                1,
-                {
-                    **wide,
-                    "panel": 4,
-                    "x_rounds": 2,
-                    "part": 1 if tight else 2,
-                    "tiles": kept_tiles,
-                    "stages": 2,
-                    **kept,
-                },
-            ),
-        ]
+    long_kept = {
+        **wide,
+        "panel": 4,
+        "x_rounds": kept_rounds,
+        "part": 1 if tight else 2,
+        "tiles": kept_tiles,
+        "stages": 2,
+        **kept,
+    }
+    if 4096 < k <= 8192 and not tight and (tiles_per_sm > 20 or mixed):
+        eight = {**wide, "panel": 8, "part": 2, "stages": 2, **kept, **mixed}
+        return [(1, {**eight, "tiles": 2 if num_bits == 4 else 4}), (1, long_kept)]
     if m == 1:
         return [
             (
@@ -186,26 +182,40 @@ def _preferred(num_bits: int, group_size: int, m: int, n: int, k: int, gpu: Gpu)
                     "part": 2 if 0 < group_size < 128 else 4,
                     "tiles": 7 if tiles_per_sm > 8 else tiles,
                     "stages": 2,
+                    **(mixed if 0 < group_size < 128 and tiles_per_sm > 8 else {}),
                 },
             )
         ]
+    if tiles_per_sm < 4.5 and k > 4096:
+        return [(1, {**long_kept, "x_rounds": 1, "x_source": "streamed"})]
+    return [(1, {**long_kept, **({} if tight else mixed)})]
+
+
+def _with_row_tables(tiles: int, tight: bool, kept_rounds: int) -> list[Changes]:
+    """Two buffers of tables, in as much shared memory as there is."""
+    changes = {
+        "num_warps": 16,
+        "min_blocks": 1,
+        "row_buffers": 2,
+        "part": 1 if tight else 2,
+        "stages": 2,
+        "x_source": "registers",
+    }
     return [
         (
             1,
             {
-                **wide,
-                "panel": 4,
-                "x_rounds": 2,
-                "part": 1 if tight else 2,
-                "tiles": kept_tiles,
-                "stages": 2,
-                **kept,
+                **changes,
+                "tiles": min(tiles, most),
+                "panel": panel,
+                "x_rounds": kept_rounds,
             },
         )
+        for most, panel in ((4, 4), (2, 4), (1, 4), (1, 2))
     ]
 
 
-def _variations(group_size: int, m: int, gpu: Gpu) -> list[Changes]:
+def _variations(num_bits: int, group_size: int, m: int, gpu: Gpu) -> list[Changes]:
     """Everything else worth a try, for tuning; the last ones fit any GPU."""
     kept = {"x_source": "registers"}
     out: list[Changes] = []
@@ -222,7 +232,12 @@ def _variations(group_size: int, m: int, gpu: Gpu) -> list[Changes]:
                     (1, {**pair, "panel": 4, "part": part}),
                     (2, {**pair, "panel": 4, "part": part}),
                     (1, {**pair, "panel": 4, "x_rounds": 2, "part": 2, **kept}),
+                    (1, {**wide, "panel": 4, "part": 2, "x_source": "streamed"}),
+                    (1, {**pair, "panel": 4, "part": 2, "x_source": "streamed"}),
                 ]
+                if num_bits == 2:
+                    mixed = {**wide, "panel": 4, "part": part, "register_every": 2}
+                    out += [(1, mixed), (1, {**mixed, "panel": 8, "part": 2, **kept})]
             if gpu.has_bulk_copies:
                 out.append(
                     (

@@ -13,6 +13,7 @@ from flute.kernel_order import CHUNK_K, TILE_N, padded_k
 
 CHUNK_BYTES = {2: 256, 3: 384, 4: 512}
 TABLE_BYTES = {2: 32768, 3: 16384, 4: 32768}
+WIDE_TABLE_BYTES = 65536  # with lookups in registers, 2 bits
 ROW_TABLE_BYTES = {2: 16384, 3: 16384, 4: 65536}  # per tile
 X_SOURCES = {"shared": 0, "global": 1, "registers": 2, "streamed": 3}
 DTYPE_IDX = {"float16": 0, "bfloat16": 1, "float32": 2}
@@ -36,9 +37,7 @@ class KernelConfig:
     stages: int = 3  # ring slots per warp
     cluster: int = 1  # blocks that split K
     part: int = 4  # chunks of a slot whose words are in registers at once
-    wide_table: bool = False  # entries 256 bytes apart: 64 KB, and fewer instructions a lookup
-    register_every: int = 0  # every so many chunks, a part is looked up in registers
-    method: int = 1
+    register_every: int = 0  # 2 bits: every so many chunks, half is looked up in registers; or 0
     min_blocks: int = (
         2  # blocks per SM that registers must allow; 2 lets the next kernel start early
     )
@@ -84,8 +83,8 @@ class KernelConfig:
         table = (
             self.tiles * self.row_table_bytes
             if self.row_tables
-            else 65536
-            if self.wide_table
+            else WIDE_TABLE_BYTES
+            if self.register_every
             else TABLE_BYTES[self.num_bits]
         )
         ring = self.num_warps * self.stages * self.slot_bytes
@@ -200,6 +199,8 @@ def supports(plan: Plan, m: int, n: int, k: int, gpu: Gpu) -> str:
         )
     if c.x_source != "registers" and plan.phases != 1:
         return "phases need x in registers"
+    if c.register_every and (c.num_bits != 2 or c.row_tables):
+        return "lookups in registers need 2 bits and one table"
     if c.smem_bytes(m, k) > gpu.smem_bytes:
         return f"{c.smem_bytes(m, k)} bytes of shared memory exceed {gpu.smem_bytes}"
     return ""

@@ -55,6 +55,7 @@ CHANGES = [
     ({}, 1, 128, r"group_size=128 is the whole row of K=128"),
     ({"panel": 8, "x_source": "registers"}, 1, 768, r"must be a multiple of panel=8 \* 64"),
     ({"x_source": "registers"}, 1, 4096, r"16 panels in 1 phases exceed 8 warps \* 1 rounds"),
+    ({"register_every": 2}, 1, 4096, r"lookups in registers need 2 bits and one table"),
     ({"stages": 99}, 1, 4096, r"bytes of shared memory exceed 232448"),
 ]
 

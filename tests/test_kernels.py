@@ -21,6 +21,9 @@ SPREAD = [
     Problem(2, 256, "bfloat16", "float16", True, 5, 8192, 4608),
     Problem(4, 0, "float16", "float16", True, 1, 33, 96),
     Problem(2, 128, "float16", "float16", False, 12, 28672, 4096),
+    Problem(2, 128, "bfloat16", "bfloat16", False, 8, 57344, 8192),  # lookups in registers
+    Problem(3, 128, "float16", "float16", False, 8, 8192, 28672),  # x streamed
+    Problem(4, 128, "bfloat16", "bfloat16", True, 1, 28672, 4096),  # two buffers of row tables
 ]
 
 

@@ -38,7 +38,9 @@ struct XFragments {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int st = half * 2 + i;
-      const bool crossed = D::in_registers(j) && D::Table::crossed(D::kMethod, st);
+      bool crossed = false;
+      if constexpr (D::kRegisterEvery > 0)
+        crossed = D::in_registers(j % D::kPanel) && D::Table::crossed(st);
       v[j][c][st][0] = crossed ? __byte_perm(r[i * 2], r[i * 2 + 1], 0x5410) : r[i * 2];
       v[j][c][st][1] = crossed ? __byte_perm(r[i * 2], r[i * 2 + 1], 0x7632) : r[i * 2 + 1];
     }

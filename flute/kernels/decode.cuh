@@ -20,7 +20,8 @@
 //
 // Phases. When x is too large to keep (M > 8, long K), a block goes over its tiles once per phase,
 // each with its part of K and of x; sums so far wait in `workspace` (fp32, read back by the same
-// block, from L2). No block waits for another.
+// block, from L2). No block waits for another. A block with a single tile block needs no phases: x
+// is streamed, each round's rows in registers a round ahead.
 //
 // Weights are the mma's A operand (16 features), tokens its B (8 columns): at M = 1 the tensor core
 // still costs fewer instructions per weight than multiply-add. Columns past M compute garbage that
@@ -28,15 +29,18 @@
 // multiply the fp32 accumulator once per group.
 //
 // Lanes. lane = g * 4 + q. A: rows g, g + 8 (lookup.cuh). B: token g, k = 2q, +1, 2q + 8, +9. C:
-// rows g, g + 8, tokens 2q, 2q + 1. K-order is natural, so x is read by ldmatrix from plain rows.
+// rows g, g + 8, tokens 2q, 2q + 1. K-order is natural, so x is read by ldmatrix from plain rows
+// (and swapped within a step for those looked up in registers).
 //
 // Shared memory (bytes):
-//   table      Lookup<NUM_BITS>::kTableBytes; with one table per row TILES * kRowTableBytes
+//   table      Lookup<NUM_BITS>::kTableBytes; with lookups in registers kWideTableBytes; with one
+//              table per row ROW_BUFFERS * TILES * (kRowTableBytes + 16 tables as they are if 2)
 //   rings      NUM_WARPS * NUM_STAGES * PANEL * (chunk + its scales)
 //   barriers   (rings: NUM_WARPS * NUM_STAGES, x: NUM_WARPS * rounds) * 8
 //   partials   2 * (NUM_WARPS + 1 in a cluster) * min(M, 8) * (16 * TILES + 4) * 4
 //   x          shared: M * (K of this block * 2 + 16)  + 16: rows 4 banks apart, for ldmatrix
-//              registers: NUM_WARPS * min(M, 8) * (64 * 2 + 16), to transpose a chunk at a time
+//              registers, streamed: NUM_WARPS * min(M, 8) * (64 * 2 + 16), to transpose a chunk at
+//              a time
 //
 // Time line with programmatic dependent launch (sm_90). Everything left of `wait` overlaps the
 // previous kernel, which needs room for two blocks per SM (MIN_BLOCKS = 2: half the shared memory,
@@ -55,11 +59,25 @@
 
 namespace flute {
 
+// The fragments of chunk `chunk` of a panel.
+template <class D>
+FLUTE_DEVICE void look_up(u32 (&a)[4][4], const u32 (&words)[D::Table::kWords],
+                          const RegisterTable& registers, u32 smem_table, u32 offset, int chunk) {
+  if constexpr (D::kRowTables)
+    D::Table::row_fragments(a, words, smem_table, offset);
+  else if constexpr (D::kRegisterEvery == 0)
+    D::Table::fragments(a, words, smem_table, offset);
+  else if (D::in_registers(chunk))
+    D::Table::mixed_fragments(a, words, smem_table, offset, registers);
+  else
+    D::Table::wide_fragments(a, words, smem_table, offset);
+}
+
 // One slot: look the weights up, multiply, scale into acc.
 template <class D, int ROUND>
 FLUTE_DEVICE void multiply_slot(float (&acc)[D::kColumns][4], const XFragments<D>& x,
                                 typename D::Ring& ring, Cursor<D>& next, const DecodeParams& p,
-                                const typename D::Registers& registers, u32 smem_table, u32 offset,
+                                const RegisterTable& registers, u32 smem_table, u32 offset,
                                 int lane) {
   using Table = typename D::Table;
   // Why in parts: more words at once cost registers, which spill (M > 8, or groups of 32).
@@ -89,11 +107,11 @@ FLUTE_DEVICE void multiply_slot(float (&acc)[D::kColumns][4], const XFragments<D
       if (part == D::kPanel / kPart - 1 && j == kRefill) {
         // Refill once all of the slot is in registers: a copy may overtake a read that is still in
         // the queue of shared memory, which no barrier of the warp waits for (without this, 11 of
-        // 300 runs differed on 8192 x 28672, 3 bits, M = 8). So the refill depends on the values
-        // read, those of earlier chunks being in use. `offset` is a multiple of 4, unknown to ptxas.
+        // 300 runs differed on 8192 x 28672, 3 bits, M = 8). So the refill depends on what was read
+        // last; reads return in order. `offset` is a multiple of 4, unknown to ptxas.
         u32 seen = 0;
 #pragma unroll
-        for (int i = kRefill * Table::kWords; i < kPart * Table::kWords; i++)
+        for (int i = 0; i < kPart * Table::kWords; i++)
           seen |= words[i / Table::kWords][i % Table::kWords];
         if (D::kUnits > 0) {
 #pragma unroll
@@ -104,11 +122,7 @@ FLUTE_DEVICE void multiply_slot(float (&acc)[D::kColumns][4], const XFragments<D
         ring.advance();
       }
       u32 a[4][4];
-      if constexpr (D::kRowTables)
-        Table::row_fragments(a, words[j], smem_table, offset);
-      else
-        Table::template mixed_fragments<D::kWide>(a, words[j], smem_table, offset, registers,
-                                                  D::in_registers(part * kPart + j), D::kMethod);
+      look_up<D>(a, words[j], registers, smem_table, offset, part * kPart + j);
 #pragma unroll
       for (int st = 0; st < 4; st++) {
         constexpr int kUnit = D::kUnitSteps;
@@ -126,8 +140,7 @@ FLUTE_DEVICE void multiply_slot(float (&acc)[D::kColumns][4], const XFragments<D
           if (D::kUnits > 0 && step % kUnit == kUnit - 1) {
             const int u = step / kUnit % kPartUnits;
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-              if (!D::kSingle || i % 2 == 0) acc[c][i] += scale[u][i / 2] * sum[c][i];
+            for (int i = 0; i < 4; i++) acc[c][i] += scale[u][i / 2] * sum[c][i];
           }
         }
       }
@@ -137,12 +150,13 @@ FLUTE_DEVICE void multiply_slot(float (&acc)[D::kColumns][4], const XFragments<D
 
 // A table to shared memory, by the whole block, and to registers.
 template <class D>
-FLUTE_DEVICE void load_table(typename D::Registers& registers, u32 smem, const float* table) {
-  if constexpr (D::in_registers(0)) registers.template load<typename D::Act>(table);
-  if constexpr (D::kWide)
+FLUTE_DEVICE void load_table(RegisterTable& registers, u32 smem, const float* table) {
+  if constexpr (D::kRegisterEvery > 0) {
+    registers.load<typename D::Act>(table);
     D::Table::template build_wide<typename D::Act>(smem, table, threadIdx.x, D::kThreads);
-  else
+  } else {
     D::Table::template build<typename D::Act>(smem, table, threadIdx.x, D::kThreads);
+  }
 }
 
 template <int VALUE>
@@ -165,20 +179,18 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
   using Rows = typename D::Rows;
   const int num_blocks = (share.tile_end - share.tile_begin + D::kTiles - 1) / D::kTiles;
   const float* tables = static_cast<const float*>(p.table);
-  typename D::Registers registers;
+  RegisterTable registers;
   int range = 0;
   if constexpr (!D::kRowTables) {
     while (range + 1 < p.num_ranges && share.tile_begin >= p.range_end[range]) range++;
     load_table<D>(registers, smem, tables + (range << D::kBits));
   } else if constexpr (D::kRowBuffers == 2) {
-    const int second = share.tile_begin + (share.tile_end - share.tile_begin > D::kTiles
-                                               ? D::kTiles
-                                               : 0);
-    Rows first, next;
+    Rows first, second;
     first.load(tables, share.tile_begin * 16, p.shape_n, threadIdx.x);
-    next.load(tables, second * 16, p.shape_n, threadIdx.x);
+    second.load(tables, (share.tile_begin + (num_blocks > 1 ? D::kTiles : 0)) * 16, p.shape_n,
+                threadIdx.x);
     first.store(smem + D::kRawOffset, threadIdx.x);
-    next.store(smem + D::kRawOffset + Rows::kRawBytes, threadIdx.x);
+    second.store(smem + D::kRawOffset + Rows::kRawBytes, threadIdx.x);
     __syncthreads();
     Rows::template build<typename D::Table>(smem, smem + D::kRawOffset, threadIdx.x);
   }

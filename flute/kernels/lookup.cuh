@@ -23,9 +23,17 @@
 // reaches; the idea of a pair table is FLUTE's (arXiv 2407.10960), one column per lane is the usual
 // cure for histogram-like access.
 //
-// Why not tables in registers, PRMT on 4 codes at once, for a part of the steps: tried, 57344 x
-// 8192, M = 1: 2 bits 56.4 against 47.4 us, 3 bits 62.5 against 54.2. The ALU is as busy as shared
-// memory (ncu: 65 % and 69 %; H200, 2026-11-22).
+// Shared memory is the busiest unit at 2 bits (77 %; ALU 37 %), so a part of the lookups is better
+// done in registers, by PRMT. 57344 x 8192, M = 1, in us, by the part:
+//
+//   2 bits   none 47.8   an eighth 44.5   a quarter 43.3   half 47.9   all 63
+//   3 bits   none 52.3   a quarter 54.9 (an eighth, 28672 x 4096: 17.0 against 16.4)
+//
+// (The eighth and all with other selectors, 3 bits before refills waited for reads.) At 3 bits the
+// ALU is at 54 % already and an entry's bytes take two registers. Tried before (2 bits, half: 56):
+// with __byte_perm, which masks each selector, and addresses of two instructions. Selectors of two
+// steps by one 64-bit IMAD: 50.7 instead of 47.9, it blocks dispatch. 32 warps of 64 registers: 65
+// to 69 (ncu). Wide tables at 3 and 4 bits: no gain. All on an H200, 2026-11-22.
 #pragma once
 #include "element.cuh"
 
@@ -43,23 +51,17 @@ FLUTE_DEVICE u32 table_pair(const float* table, int pair) {
   return lo | (hi << 16);
 }
 
-// A table in registers, the bytes of its 16-bit values apart: byte i of `low` (`high`) is the low
-// (high) byte of entry i. PRMT picks four bytes of two registers by the nibbles of a selector.
-template <int NUM_BITS>
+// A table of 4 entries in registers, the bytes of its 16-bit values apart: byte i of `low` (`high`)
+// is the low (high) byte of entry i. PRMT(low, high) with nibbles (c, c | 4) is entry c.
 struct RegisterTable {
-  static_assert(NUM_BITS < 4, "PRMT selects among 8 bytes");
-  static constexpr int kWords = (1 << NUM_BITS) / 4;
-  u32 low[kWords], high[kWords];
+  u32 low, high;
 
   template <class Act>
   FLUTE_DEVICE void load(const float* table) {
-#pragma unroll
-    for (int i = 0; i < kWords; i++) {
-      const u32 v01 = table_pair<NUM_BITS, Act>(table, (i * 4) | (i * 4 + 1) << NUM_BITS),
-                v23 = table_pair<NUM_BITS, Act>(table, (i * 4 + 2) | (i * 4 + 3) << NUM_BITS);
-      low[i] = __byte_perm(v01, v23, 0x6420);
-      high[i] = __byte_perm(v01, v23, 0x7531);
-    }
+    const u32 v01 = table_pair<2, Act>(table, 0 | 1 << 2),
+              v23 = table_pair<2, Act>(table, 2 | 3 << 2);
+    low = __byte_perm(v01, v23, 0x6420);
+    high = __byte_perm(v01, v23, 0x7531);
   }
 };
 
@@ -80,8 +82,8 @@ FLUTE_DEVICE void build_row_pairs(u32 smem_table, const float* tables, int row, 
 
 // The tables of NUM_TILES tiles' rows on their way: global memory -> registers -> `raw` in shared
 // memory, 16 bits an entry -> pairs (as build_row_pairs). In three parts for a block to do between
-// its barriers, while it computes. Why through `raw`: reading 16 rows' entries pair by pair from
-// global memory took longer than all of a tile's lookups (28672 x 4096, 4 bits: 36 us).
+// its barriers, while it computes. Why through `raw`: 16 rows' entries pair by pair from global
+// memory took longer than a tile's lookups (28672 x 4096, 4 bits: 36 us instead of 27).
 template <int NUM_BITS, class Act, int NUM_TILES, int NUM_THREADS>
 struct RowTables {
   static constexpr int kEntries = 1 << NUM_BITS;
@@ -141,14 +143,6 @@ FLUTE_DEVICE void place_and_read_rows(u32 (&a)[4], u32 bytes, u32 smem_table, u3
   a[3] = ptx::ld_table(smem_table + 128 + __byte_perm(bytes, offset, 0x7634));
 }
 
-// The same in one table, the lower 128 bytes of each entry.
-FLUTE_DEVICE void place_and_read(u32 (&a)[4], u32 bytes, u32 smem_table, u32 offset) {
-  a[0] = ptx::ld_table(smem_table + __byte_perm(bytes, offset, 0x7604));
-  a[1] = ptx::ld_table(smem_table + __byte_perm(bytes, offset, 0x7614));
-  a[2] = ptx::ld_table(smem_table + __byte_perm(bytes, offset, 0x7624));
-  a[3] = ptx::ld_table(smem_table + __byte_perm(bytes, offset, 0x7634));
-}
-
 template <>
 struct Lookup<4> {
   static constexpr int kChunkBytes = 512;
@@ -182,28 +176,6 @@ struct Lookup<4> {
       a[st][1] = ptx::ld_table(smem_table + (((w[st] >> 8) & kMask) | offset));
       a[st][2] = ptx::ld_table(smem_table + (((w[st] >> 16) & kMask) | offset));
       a[st][3] = ptx::ld_table(smem_table + ((__funnelshift_l(w[st], w[st], 8) & kMask) | offset));
-    }
-  }
-
-  template <class Act>
-  static FLUTE_DEVICE void build_wide(u32 smem_table, const float* table, int thread_idx,
-                                      int num_threads) {
-    for (int i = thread_idx; i < 256 * 8; i += num_threads) {
-      u32 v = table_pair<4, Act>(table, i >> 3);
-      ptx::st_shared_v4(smem_table + (i >> 3) * 256 + (i & 7) * 16, v, v, v, v);
-    }
-  }
-
-  static constexpr FLUTE_DEVICE bool crossed(int, int) { return false; }
-  template <bool WIDE>
-  static FLUTE_DEVICE void mixed_fragments(u32 (&a)[4][4], const u32 (&w)[kWords], u32 smem_table,
-                                           u32 offset, const RegisterTable<3>&, bool, int) {
-    if constexpr (!WIDE) {
-      fragments(a, w, smem_table, offset);
-    } else {
-#pragma unroll
-      for (int st = 0; st < 4; st++)
-        place_and_read(a[st], __funnelshift_l(w[st], w[st], 25), smem_table, offset);
     }
   }
 
@@ -277,45 +249,6 @@ struct Lookup<3> {
     }
   }
 
-  static constexpr FLUTE_DEVICE bool crossed(int, int) { return false; }
-
-  template <class Act>
-  static FLUTE_DEVICE void build_wide(u32 smem_table, const float* table, int thread_idx,
-                                      int num_threads) {
-    for (int i = thread_idx; i < 256 * 8; i += num_threads) {
-      u32 v = table_pair<3, Act>(table, i >> 3 & 63);
-      ptx::st_shared_v4(smem_table + (i >> 3) * 256 + (i & 7) * 16, v, v, v, v);
-    }
-  }
-
-  // The last step by PRMT. A selector has a code per nibble: 4 codes take one PRMT
-  // for their low bytes, one for their high bytes, and two to put them together.
-  template <bool WIDE>
-  static FLUTE_DEVICE void mixed_fragments(u32 (&a)[4][4], const u32 (&w)[kWords], u32 smem_table,
-                                           u32 offset, const RegisterTable<3>& table,
-                                           bool in_registers, int) {
-    constexpr u32 kMask = WIDE ? 0xFFFFFFFF : 0x3F3F3F3F;
-    const u32 low = ((w[0] >> 6) & 0x03030303u) | ((w[1] >> 4) & ~0x03030303u);
-    const u32 pair = (low & 0x0F0F0F0Fu) | ((w[2] >> 2) & ~0x0F0F0F0Fu);
-#pragma unroll
-    for (int st = 0; st < 4; st++) {
-      const u32 v = st < 3 ? w[st] : pair;
-      if (st < 3 || !in_registers) {
-        place_and_read(a[st], v & kMask, smem_table, offset);
-        continue;
-      }
-      const u32 nibbles = (v & 0x38383838u) * 2 + (v & 0x07070707u);
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const u32 selector = half ? nibbles >> 16 : nibbles;
-        const u32 low = ptx::prmt(table.low[0], table.low[1], selector),
-                  high = ptx::prmt(table.high[0], table.high[1], selector);
-        a[st][half * 2] = __byte_perm(low, high, 0x5140);
-        a[st][half * 2 + 1] = __byte_perm(low, high, 0x7362);
-      }
-    }
-  }
-
   // One table per row: the unused half of each entry's stride serves rows g + 8.
   static constexpr int kRowTableBytes = 64 * 256;
   static FLUTE_DEVICE u32 row_entry(int pair) { return pair * 256; }
@@ -375,6 +308,10 @@ struct Lookup<2> {
     }
   }
 
+  // The same with entries 256 bytes apart (the upper 128 stay unused): one PRMT then places a byte,
+  // as for 3 bits, which leaves the ALU time for lookups in registers.
+  static constexpr int kWideTableBytes = 256 * 256;
+
   template <class Act>
   static FLUTE_DEVICE void build_wide(u32 smem_table, const float* table, int thread_idx,
                                       int num_threads) {
@@ -386,55 +323,38 @@ struct Lookup<2> {
     }
   }
 
-  // Whether step `st` takes its k in another order: the registers of half 0 then hold k = 2q and
-  // 2q + 8, those of half 1 the odd ones.
-  static constexpr FLUTE_DEVICE bool crossed(int method, int st) {
-    return st < 2 && method < 2;
+  static FLUTE_DEVICE void wide_fragments(u32 (&a)[4][4], const u32 (&w)[kWords], u32 smem_table,
+                                          u32 offset) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) wide_word(a[2 * i], a[2 * i + 1], w[i], smem_table, offset);
   }
 
-  template <bool WIDE>
+  // The first two steps in registers, the others from the wide table. A register takes one PRMT,
+  // whose selector has nibbles (code, code | 4) twice. Multiplying by 0x11 doubles the codes of one
+  // place in four bytes, which are the selectors of two steps. A register's codes then come from
+  // two bytes instead of one, hence k in another order: half 0 holds k = 2q and 2q + 8, half 1 the
+  // odd ones (`crossed`).
   static FLUTE_DEVICE void mixed_fragments(u32 (&a)[4][4], const u32 (&w)[kWords], u32 smem_table,
-                                           u32 offset, const RegisterTable<2>& table,
-                                           bool in_registers, int method) {
+                                           u32 offset, const RegisterTable& table) {
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const u32 v = w[i];
-      u32(&a0)[4] = a[i * 2], (&a1)[4] = a[i * 2 + 1];
-      if (!(i == 0 && in_registers) && WIDE) {
-        const u32 plain = __funnelshift_r(v, v, 7);
-        ptx::ld_table_v2(a0[0], a0[1], smem_table + __byte_perm(plain, offset, 0x7604));
-        ptx::ld_table_v2(a0[2], a0[3], smem_table + __byte_perm(plain, offset, 0x7614));
-        ptx::ld_table_v2(a1[0], a1[1], smem_table + __byte_perm(plain, offset, 0x7624));
-        ptx::ld_table_v2(a1[2], a1[3], smem_table + __byte_perm(plain, offset, 0x7634));
-      } else if (!(i == 0 && in_registers)) {
-        ptx::ld_table_v2(a0[0], a0[1], smem_table + ((v & kMask) | offset));
-        ptx::ld_table_v2(a0[2], a0[3], smem_table + (((v >> 8) & kMask) | offset));
-        ptx::ld_table_v2(a1[0], a1[1], smem_table + (((v >> 16) & kMask) | offset));
-        ptx::ld_table_v2(a1[2], a1[3],
-                         smem_table + ((__funnelshift_l(v, v, 8) & kMask) | offset));
-      } else if (method == 2) {
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-          const u32 nibbles = __funnelshift_r(v, v, 7 + 2 * j) & 0x33333333u;
-#pragma unroll
-          for (int half = 0; half < 2; half++) {
-            const u32 selector = half ? nibbles >> 16 : nibbles;
-            const u32 low = ptx::prmt(table.low[0], table.low[0], selector),
-                      high = ptx::prmt(table.high[0], table.high[0], selector);
-            (half ? a1 : a0)[j] = __byte_perm(low, high, 0x5140);
-            (half ? a1 : a0)[j + 2] = __byte_perm(low, high, 0x7362);
-          }
-        }
-      } else {
-#pragma unroll
-        for (int j = 0; j < 4; j++) {  // row g + 8 (j % 2), code j / 2 of the pair
-          const u32 selectors =
-              (__funnelshift_r(v, v, 7 + 2 * j) & 0x03030303u) * 0x11u + 0x40404040u;
-          a0[j] = ptx::prmt(table.low[0], table.high[0], selectors);
-          a1[j] = ptx::prmt(table.low[0], table.high[0], selectors >> 16);
-        }
-      }
+    for (int i = 0; i < 4; i++) {  // code i / 2 of the pair, row g + 8 * (i % 2)
+      const u32 selectors =
+          (__funnelshift_r(w[0], w[0], 7 + 2 * i) & 0x03030303u) * 0x11u + 0x40404040u;
+      a[0][i] = ptx::prmt(table.low, table.high, selectors);
+      a[1][i] = ptx::prmt(table.low, table.high, selectors >> 16);
     }
+    wide_word(a[2], a[3], w[1], smem_table, offset);
+  }
+
+  static constexpr FLUTE_DEVICE bool crossed(int step) { return step < 2; }
+
+  static FLUTE_DEVICE void wide_word(u32 (&a0)[4], u32 (&a1)[4], u32 word, u32 smem_table,
+                                     u32 offset) {
+    const u32 plain = __funnelshift_r(word, word, 7);
+    ptx::ld_table_v2(a0[0], a0[1], smem_table + __byte_perm(plain, offset, 0x7604));
+    ptx::ld_table_v2(a0[2], a0[3], smem_table + __byte_perm(plain, offset, 0x7614));
+    ptx::ld_table_v2(a1[0], a1[1], smem_table + __byte_perm(plain, offset, 0x7624));
+    ptx::ld_table_v2(a1[2], a1[3], smem_table + __byte_perm(plain, offset, 0x7634));
   }
 
   // One table per row: pairs (index bits 0-1 and 4-5, stride 256), since a quad mixes rows g and g

@@ -313,8 +313,8 @@ FLUTE_DEVICE u32 mul_bf16x2(u32 a, u32 b) {
 }
 
 // prmt.b32 (any GPU): byte i of the result is that byte of the eight of a and b which nibble i of
-// `selector` names. Why not __byte_perm: it masks every selector that is no constant, an instruction
-// each; here nibbles must be below 8.
+// `selector` names. Why not __byte_perm: it masks every selector that is no constant, an
+// instruction each; here nibbles must be below 8.
 FLUTE_DEVICE u32 prmt(u32 a, u32 b, u32 selector) {
   u32 d;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));

@@ -40,7 +40,7 @@ struct Reduction {
 #pragma unroll
       for (int t = 0; t < D::kTiles; t++)
 #pragma unroll
-        for (int i = 0; i < 4; i += D::kSingle ? 2 : 1) {
+        for (int i = 0; i < 4; i++) {
           const int token = q * 2 + (i & 1), row = t * 16 + g + (i >> 1) * 8;
           if (token < num_tokens)
             ptx::st_shared_f32(base + warp * warp_bytes + (token * D::kPartialStride + row) * 4,

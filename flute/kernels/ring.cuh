@@ -5,7 +5,9 @@
 //   stage   0        1        2        3
 //         [ in use ][ full   ][ flying ][ flying ]  refilled as soon as its words are in registers
 //
-// Each warp fills its own ring, so that no block-wide barrier stands in the main loop.
+// Each warp fills its own ring, so that no block-wide barrier stands in the main loop. A fill must
+// not start before the reads of the slot's last contents have returned: its argument `zero` depends
+// on them (decode.cuh).
 // Why no producer warp: tried, with block-wide stages and full/empty mbarriers. 57344 x 8192, 4
 // bits, M = 1: 77 us against 72 with 8 consumer warps; 4096 x 4096: 4.5 against 3.85. The ninth
 // warp lowers the register cap from 128 to 96 at two blocks per SM, and the copies' issue was not

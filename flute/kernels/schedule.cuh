@@ -88,7 +88,8 @@ struct Cursor {
   }
 };
 
-// Start the copy of the warp's next slot into stage `at` of its ring, once `zero`, which is 0, is known.
+// Start the copy of the warp's next slot into stage `at` of its ring, once `zero`, which is 0, is
+// known.
 template <class D>
 FLUTE_DEVICE void refill(typename D::Ring& ring, u32 at, Cursor<D>& next, const DecodeParams& p,
                          int lane, u32 zero) {

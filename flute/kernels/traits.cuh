@@ -41,24 +41,22 @@ struct Decode {
   static constexpr int kPanel = Config::panel;
   static constexpr int kTiles = Config::tiles;
   static constexpr int kCluster = Config::cluster;
-  static constexpr int kColumns = (Config::block_tokens + 7) / 8;  // mma column blocks
-  static constexpr bool kSingle = Config::block_tokens == 1;
+  static constexpr int kColumns = Config::block_tokens / 8;  // mma column blocks
   static constexpr bool kXStays = Config::x_source == kXRegisters;
   static constexpr int kXRounds =
       kXStays ? Config::x_rounds : 1;  // rounds whose x is in registers at once
   static constexpr bool kRowTables = Config::row_tables;
-  static constexpr bool kWide = Config::wide_table;
-  static constexpr int kMethod = Config::method;
-  // Whether a part of this chunk of a panel is looked up in registers, see lookup.cuh.
+  // 2 bits: every so many chunks of a panel, half of the lookups are in registers (lookup.cuh), the
+  // others in the wide table; 0: none.
+  static constexpr int kRegisterEvery = Config::register_every;
   static constexpr FLUTE_DEVICE bool in_registers(int chunk) {
-    return Config::register_every > 0 && chunk % Config::register_every == 0;
+    return kRegisterEvery > 0 && chunk % (kRegisterEvery > 0 ? kRegisterEvery : 1) == 0;
   }
   static constexpr int kPartChunks = Config::part;  // chunks whose words are in registers at once
 
   using Act = Element<Config::dtype>;
   using Scale = Element<Config::scale_dtype>;
   using Table = Lookup<kBits>;
-  using Registers = RegisterTable<kBits == 2 ? 2 : 3>;
 
   // Groups in mma steps (16 k) and the part of a group that one panel covers.
   static constexpr int kPanelSteps = kPanel * 4;
@@ -85,9 +83,15 @@ struct Decode {
   static constexpr int kBufferBytes = kTiles * Table::kRowTableBytes;
   using Rows = RowTables<kBits, Act, kTiles, kThreads>;
   static constexpr int kRawOffset = 2 * kBufferBytes;  // of two buffers of tables as they are
-  static constexpr int kTableBytes = !kRowTables        ? kWide ? 256 * 256 : Table::kTableBytes
-                                     : kRowBuffers == 2 ? kRawOffset + 2 * Rows::kRawBytes
-                                                        : kBufferBytes;
+  static constexpr FLUTE_DEVICE int table_bytes() {
+    if constexpr (kRowTables)
+      return kRowBuffers == 2 ? kRawOffset + 2 * Rows::kRawBytes : kBufferBytes;
+    else if constexpr (kRegisterEvery > 0)
+      return Table::kWideTableBytes;
+    else
+      return Table::kTableBytes;
+  }
+  static constexpr int kTableBytes = table_bytes();
   static constexpr int kRingOffset = kTableBytes;
   static constexpr int kBarrierOffset = kRingOffset + kWarps * Config::stages * Ring::kSlotBytes;
   static constexpr int kXBarriers =
@@ -98,14 +102,14 @@ struct Decode {
   static_assert(kBits >= 2 && kBits <= 4, "tables of 2, 3 or 4 bits");
   static_assert(kGroup == 0 || kGroup == 32 || kGroup == 64 || kGroup == 128 || kGroup == 256,
                 "a group is 32, 64, 128 or 256 k, or 0 for the whole row");
-  static_assert(!kRowTables || (!kWide && !in_registers(0)),
-                "rows' tables are neither wide nor in registers");
+  static_assert(kRegisterEvery == 0 || (kBits == 2 && !kRowTables),
+                "registers hold one table of 4 entries");
   static_assert(kRowBuffers == 1 || kRowBuffers == 2, "tables of one or two tile blocks");
   static_assert(kXRounds <= 2, "registers hold x of two rounds at most");
   static_assert(kPanel == 1 || kPanel == 2 || kPanel == 4 || (kPanel == 8 && kXStays),
                 "K is padded to 4 chunks; panels of 8 need K % 512 == 0 and, since fetch_x has 32 "
                 "lanes, x in registers");
-  static_assert((kSingle || Config::block_tokens % 8 == 0) && kColumns >= 1 && kColumns <= 4,
+  static_assert(Config::block_tokens % 8 == 0 && kColumns >= 1 && kColumns <= 4,
                 "8, 16, 24 or 32 tokens");
   static_assert(kCluster == 1 || Config::bulk, "clusters need sm_90, as bulk copies do");
 };

@@ -159,7 +159,7 @@ ENDS = [
 @pytest.mark.parametrize("ends", ENDS)
 @pytest.mark.parametrize(("num_bits", "M"), [(4, 1), (3, 5), (2, 16), (4, 33), (2, 1), (3, 100)])
 def test_a_table_per_range_of_rows(num_bits, M, ends):
-    """Each range is that of a layer of the same size with its table alone, bit for bit."""
+    """Each range is that of a layer of the same size with its table alone."""
     N, spec = ends[-1], QuantSpec(num_bits, 64)
     weight = random_weight(N, 1024, spec, table_ends=ends, scale_dtype=torch.float16)
     layer = flute.LutLinear.from_quantized(weight).to(CUDA)
@@ -172,7 +172,11 @@ def test_a_table_per_range_of_rows(num_bits, M, ends):
     for table, end in zip(weight.table, ends, strict=True):
         alone = QuantizedWeight(weight.codes, weight.scales, table[None], spec)
         single = flute.LutLinear.from_quantized(alone).to(CUDA)
-        assert torch.equal(out[:, start:end], single(x)[:, start:end])
+        ours, theirs = out[:, start:end], single(x)[:, start:end]
+        if M <= 16:  # of more, ranges that end within 64 rows take another kernel
+            assert torch.equal(ours, theirs)
+        else:
+            assert relative_error(ours, theirs.double()) <= TOLERANCE[torch.float16]
         start = end
     assert torch.equal(layer(x), out)
 
@@ -257,6 +261,24 @@ def test_layers_on_two_gpus():
     assert all(torch.equal(out.to(CUDA), outs[0]) for out in outs)
     with pytest.raises(flute.FormatError, match="is on cuda:1; expected cuda:0"):
         layers[1](x)
+@pytest.mark.parametrize(
+    ("bits", "per_row", "M", "N", "K"),
+    [
+        (3, False, 8, 8192, 28672),
+        (4, False, 1, 28672, 4096),
+        (2, False, 8, 8192, 8192),
+        (4, True, 1, 8192, 4096),
+        (2, True, 5, 4096, 14336),
+    ],
+)
+def test_large_problems_repeat(bits, per_row, M, N, K):
+    """Copies into a slot must not overtake reads of it: seen in 4 % of runs, under load only."""
+    layer = make(N, K, QuantSpec(bits, 128), per_row=per_row, scale_dtype=torch.float16)
+    x = torch.randn(M, K, device=CUDA).half()
+    expected = layer(x)
+    exact = x.double() @ layer.dequantize(torch.float16).double().T
+    assert relative_error(expected, exact) < TOLERANCE[torch.float16]
+    assert sum(not torch.equal(layer(x), expected) for _ in range(200)) == 0
 
 
 def test_odd_arguments():
