@@ -70,10 +70,16 @@ struct StepLookup {
   template <class Act>
   static FLUTE_DEVICE void build(u32 smem_table, const float* table, int thread_idx,
                                  int num_threads) {
-    if constexpr (NUM_BITS == 3)
+    if constexpr (NUM_BITS == 3) {
       Table::template build<Act>(smem_table, table, thread_idx, num_threads);
-    else
+    } else if constexpr (NUM_BITS == 2) {
       Table::template build_wide<Act>(smem_table, table, thread_idx, num_threads);
+    } else {
+      for (int i = thread_idx; i < 256 * 8; i += num_threads) {
+        const u32 v = table_pair<4, Act>(table, i >> 3);
+        ptx::st_shared_v4(smem_table + (i >> 3) * 256 + (i & 7) * 16, v, v, v, v);
+      }
+    }
   }
 
   static FLUTE_DEVICE void split(u32 (&bytes)[kWords], const u32 (&w)[Table::kWords]) {
