@@ -153,6 +153,7 @@ struct Batch {
   static constexpr int kBuffers = Config::buffers;  // batches whose fragments are in registers
   // With four, a batch is looked up before the one ahead of it is multiplied.
   static constexpr bool kAhead = kBuffers == 4;
+  static constexpr int kRunning = Config::running;  // batches whose wgmma may run on
 
   static constexpr int kPanelSteps = kPanel * 4;
   static constexpr int kGroupSteps = kGroup == 0 ? kPanelSteps : kGroup / 16;
@@ -192,6 +193,9 @@ struct Batch {
   static_assert(kPanelSteps / kBatch % kBuffers == 0, "buffers are fixed at compile time");
   static_assert(kPanel % kXPanel == 0, "stages of x");
   static_assert(!kScaleSums || kUnitSteps % kBatch == 0, "a batch is of one group");
+  static_assert(kRunning == 1 || (kRunning == 2 && kAhead && kXPanel * 4 / kBatch >= 2 &&
+                                  (!kScaleSums || kUnitSteps >= 2 * kBatch)),
+                "two batches run while a third waits and a fourth is looked up");
   static_assert(kPanel == 1 || kPanel == 2 || kPanel == 4, "K is padded to 4 chunks");
 };
 
@@ -491,18 +495,25 @@ struct Consumer {
           feed.fill(ring, stage, p, lane);
           if (more) load_scales(scale, slot);
         }
-        // At most one batch still runs: the others' fragments, sums and x are free.
-        ptx::wgmma_wait<1>();
+        // At most so many batches still run: the others' fragments, sums and x are free. Why one at
+        // the end: ptxas does not see across the loop's.
+        if (idx + 1 < kPerPanel)
+          ptx::wgmma_wait<D::kRunning>();
+        else
+          ptx::wgmma_wait<1>();
+        constexpr int kNewest = D::kRunning - 1;  // batches since which the one before is done
         if constexpr (D::kScaleSums && D::kSumBuffers == 2) {
-          if (begins && idx > 0) add_sums(b ^ 1);
-          if (idx + 1 == kPerPanel) {  // ptxas does not see across the loop's end
+          if (idx > kNewest && idx * D::kBatch % D::kUnitSteps == kNewest * D::kBatch)
+            add_sums(b ^ 1);
+          if (idx + 1 == kPerPanel) {
             ptx::wgmma_wait<0>();
             add_sums(b);
           }
         }
-        if (idx % (D::kXPanel * kPerChunk) == 0 && (idx >= kPerChunk || panel > 0))
-          release(previous);
-        if (idx % (D::kXPanel * kPerChunk) == 0) previous = x_stage;
+        if (idx % (D::kXPanel * kPerChunk) == kNewest) {
+          if (idx >= kPerChunk || panel > 0) release(previous);
+          previous = x_stage;
+        }
       }
       advance();
     }
