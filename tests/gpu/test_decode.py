@@ -261,6 +261,8 @@ def test_layers_on_two_gpus():
     assert all(torch.equal(out.to(CUDA), outs[0]) for out in outs)
     with pytest.raises(flute.FormatError, match="is on cuda:1; expected cuda:0"):
         layers[1](x)
+
+
 @pytest.mark.parametrize(
     ("bits", "per_row", "M", "N", "K"),
     [

@@ -1,0 +1,90 @@
+"""Run one problem of each kind of kernel: what compute-sanitizer is pointed at.
+
+    compute-sanitizer --tool memcheck --report-api-errors no python tests/gpu/one_of_each.py
+
+and likewise `racecheck`, `initcheck` and `synccheck`. The kernels must be compiled before (run it
+once without), since the sanitizer slows NVRTC too. Prints the kernels that ran; exits with 1 if a
+product is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from flute import cuda, launchers, plans
+from flute.config import Gpu, Problem
+from flute.device import gpu_of
+from flute.format import PackedWeight, QuantSpec
+from flute.kernel_order import order_codes, order_scales
+from flute.plans import AnyPlan, BatchPlan, KernelPlan, Plan
+
+DEVICE = torch.device("cuda", 0)
+N, K = 272, 1024
+M_OF_KERNELS = {"decode": (1, 8, 16), "batch": (16, 24, 64, 128, 256)}
+
+
+def weight_of(spec: QuantSpec, tables: str) -> PackedWeight:
+    """A random weight in kernel order; tables "one", "row" or "ranges"."""
+    codes = torch.randint(0, spec.num_entries, (N, K), device=DEVICE, dtype=torch.uint8)
+    scales = torch.randn(N, spec.num_groups(K), device=DEVICE).half()
+    ends = (64, 192, N) if tables == "ranges" else ()
+    rows = N if tables == "row" else max(1, len(ends))
+    table = torch.randn(rows, spec.num_entries, device=DEVICE)
+    packed = order_codes(codes, spec.num_bits)
+    return PackedWeight(packed, order_scales(scales, K), table, spec, N, K, ends)
+
+
+def kinds_of(problem: Problem, gpu: Gpu) -> list[KernelPlan]:
+    """The first plan of each kind: family, ring, source of x, cluster, scales."""
+    found: dict[tuple[object, ...], KernelPlan] = {}
+    for plan in plans.plans_of(problem, gpu):
+        c = getattr(plan, "config", None)
+        if isinstance(plan, Plan):
+            found.setdefault(("decode", c.x_source, c.cluster, plan.phases > 1), plan)
+        elif isinstance(plan, BatchPlan):
+            kind = ("batch", c.cluster > 1, c.scale_sums, c.buffers, c.running, c.warpgroups)
+            found.setdefault(kind, plan)
+    return list(found.values())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    gpu, wrong, ran = gpu_of(DEVICE), 0, 0
+    for num_bits in args.bits:
+        for tables in ("one", "row", "ranges"):
+            weight = weight_of(QuantSpec(num_bits, 128), tables)
+            dense = cuda.dequantize(weight, torch.float16).double()
+            for M in sorted({m for ms in M_OF_KERNELS.values() for m in ms}):
+                problem = launchers.problem_of(weight, M, torch.float16)
+                x = torch.randn(M, K, device=DEVICE).half()
+                exact = x.double() @ dense.T
+                for plan in kinds_of(problem, gpu):
+                    launchers._products.clear()
+                    out = multiply(x, weight, plan)
+                    error = ((out.double() - exact).norm() / exact.norm()).item()
+                    ran += 1
+                    if not error < 2e-3:
+                        wrong += 1
+                        print(f"wrong by {error:.1e}: M={M}, {tables}, {plan}")
+    print(f"{ran} kernels ran, {wrong} were wrong")
+    return int(wrong > 0)
+
+
+def multiply(x: torch.Tensor, weight: PackedWeight, plan: AnyPlan) -> torch.Tensor:
+    """Multiply by one plan."""
+    choose, launchers.choose = launchers.choose, lambda *_: plan
+    try:
+        return cuda.multiply(x, weight, None)
+    finally:
+        launchers.choose = choose
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
