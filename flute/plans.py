@@ -73,9 +73,10 @@ def plans_of(problem: Problem, gpu: Gpu) -> list[AnyPlan]:
         return [*(rest if m <= MAX_SPLIT_M else reversed(rest)), *decoded]
     if m <= 8 or (m <= DECODE_M and problem.n * problem.k <= _SHORT):
         return [*decoded, *batched]
-    if m > MAX_BATCH_M:
-        return [DensePlan(), *batched]
-    return [*batched, *([] if m < 256 else [DensePlan()]), *decoded]
+    if m < 256:
+        return [*batched, *decoded]
+    slices: list[AnyPlan] = [DensePlan(), DensePlan(32 << 20), DensePlan(16 << 20)]
+    return [*slices, *batched] if m > MAX_BATCH_M else [*batched, *slices]
 
 
 def default_plan(problem: Problem, gpu: Gpu) -> AnyPlan:

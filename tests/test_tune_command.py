@@ -38,10 +38,12 @@ def test_the_heuristics_plan_comes_first_and_every_way_is_tried():
     assert isinstance(some[0], BatchPlan)
     assert set(candidates(PROBLEM._replace(m=24), GPU)) < set(some)
     assert isinstance(many[0], BatchPlan)
-    assert many[-1] == DensePlan()
+    assert DensePlan() in many
     assert plans_to_time(PROBLEM._replace(m=8192), GPU)[0] == DensePlan()
     assert plans_to_time(PROBLEM, GPU, top=3) == few[:3]
-    assert plans_to_time(PROBLEM._replace(m=512), GPU, top=1) == [many[0], DensePlan()]
+    (kernel, *others) = plans_to_time(PROBLEM._replace(m=512), GPU, top=1)
+    assert kernel == many[0]
+    assert {type(plan) for plan in others} == {DensePlan}
     older = replace(GPU, arch="sm_80")
     assert plans_to_time(PROBLEM._replace(m=24), older)[:2] == [SplitPlan(16), DensePlan()]
     tiny = replace(GPU, smem_bytes=1000)
