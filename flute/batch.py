@@ -7,9 +7,9 @@ of their cost, which orders the candidates. Knows nothing of torch, compilation 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
-from flute.config import CHUNK_BYTES, DTYPE_BYTES, DTYPE_IDX, Gpu, Problem
+from flute.config import CHUNK_BYTES, DTYPE_BYTES, Gpu, Problem, constants_of
 from flute.kernel_order import CHUNK_K, TILE_N, padded_k
 
 BLOCK_N = 64
@@ -44,15 +44,8 @@ class BatchConfig:
 
     def source(self) -> str:
         """Return the CUDA C++ text whose only instantiation is this kernel."""
-        lines = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in ("dtype", "scale_dtype"):
-                value = DTYPE_IDX[value]
-            kind = "bool" if isinstance(value, bool) else "int"
-            lines.append(f"  static constexpr {kind} {field.name} = {str(value).lower()};")
-        body = "\n".join(lines)
-        return f'#include "batch.cuh"\nstruct Config {{\n{body}\n{self._wgmma()}}};\n'
+        members = constants_of(self) + self._wgmma()
+        return f'#include "batch.cuh"\nstruct Config {{\n{members}}};\n'
 
     def _wgmma(self) -> str:
         """Return the function for wgmma.mma_async of this many tokens: d += a * b."""

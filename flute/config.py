@@ -7,9 +7,12 @@ Knows nothing of torch, compilation or launching; `flute.candidates` chooses.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from flute.kernel_order import CHUNK_K, TILE_N, padded_k
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 CHUNK_BYTES = {2: 256, 3: 384, 4: 512}
 TABLE_BYTES = {2: 32768, 3: 16384, 4: 32768}
@@ -47,17 +50,7 @@ class KernelConfig:
 
     def source(self) -> str:
         """Return the CUDA C++ text whose only instantiation is this kernel."""
-        lines = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in ("dtype", "scale_dtype"):
-                value = DTYPE_IDX[value]
-            elif field.name == "x_source":
-                value = X_SOURCES[value]
-            kind = "bool" if isinstance(value, bool) else "int"
-            lines.append(f"  static constexpr {kind} {field.name} = {str(value).lower()};")
-        body = "\n".join(lines)
-        return f'#include "decode.cuh"\nstruct Config {{\n{body}\n}};\n'
+        return f'#include "decode.cuh"\nstruct Config {{\n{constants_of(self)}}};\n'
 
     @property
     def slot_bytes(self) -> int:
@@ -105,6 +98,22 @@ class KernelConfig:
     def num_threads(self) -> int:
         """Threads of a block."""
         return self.num_warps * 32
+
+
+def constants_of(config: DataclassInstance) -> str:
+    """Return a kernel's shape as members of a struct, a line each.
+
+    Args:
+        config: dataclass of numbers, flags and names of dtypes or routes of x.
+    """
+    names = DTYPE_IDX | X_SOURCES
+    lines = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        value = names.get(value, value) if isinstance(value, str) else value
+        kind = "bool" if isinstance(value, bool) else "int"
+        lines.append(f"  static constexpr {kind} {field.name} = {str(value).lower()};\n")
+    return "".join(lines)
 
 
 def kernel_group_size(group_size: int, k: int) -> int:

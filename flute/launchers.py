@@ -293,32 +293,21 @@ def product_of(
     """
     rest = (problem, gpu, table_ends, device)
     if isinstance(plan, BatchPlan):
-        launcher = batch_launcher(function, plan, *rest)
+        launcher = _batch_launcher(function, plan, *rest)
         return Product(plan, launcher, map_tokens=plan.config.tokens)
-    launcher = decode_launcher(function, plan, *rest)
+    launcher = _decode_launcher(function, plan, *rest)
     return Product(plan, launcher, workspace_bytes(plan, problem.m, problem.n) // 4)
 
 
-def batch_launcher(
+def _batch_launcher(
     function: int,
     plan: BatchPlan,
     problem: Problem,
     gpu: Gpu,
-    table_ends: tuple[int, ...] = (),
-    device: int = 0,
+    table_ends: tuple[int, ...],
+    device: int,
 ) -> Launcher:
-    """Return the launcher of a loaded batch kernel; it takes the pointers of `BatchParams`.
-
-    Those are packed, scales, table, bias and out; x is a CUtensorMap at the structure's start.
-
-    Args:
-        function: CUfunction of ``plan.config``'s kernel.
-        plan: the kernel.
-        problem: what it multiplies.
-        gpu: where it runs.
-        table_ends: where each range of rows ends; empty if there is one table, or one per row.
-        device: ordinal of the GPU.
-    """
+    """Return a launcher that takes packed, scales, table, bias and out, after a map of x."""
     from flute.jit.launch import TENSOR_MAP_BYTES, Launcher
 
     config, (m, n, k) = plan.config, problem[-3:]
@@ -340,24 +329,15 @@ def batch_launcher(
     )
 
 
-def decode_launcher(
+def _decode_launcher(
     function: int,
     plan: Plan,
     problem: Problem,
     gpu: Gpu,
-    table_ends: tuple[int, ...] = (),
-    device: int = 0,
+    table_ends: tuple[int, ...],
+    device: int,
 ) -> Launcher:
-    """Return the launcher of a loaded decode kernel; it takes the pointers of `DecodeParams`.
-
-    Args:
-        function: CUfunction of ``plan.config``'s kernel.
-        plan: the kernel and how to launch it.
-        problem: what it multiplies.
-        gpu: where it runs.
-        table_ends: where each range of rows ends; empty if there is one table, or one per row.
-        device: ordinal of the GPU.
-    """
+    """Return a launcher that takes the pointers of `DecodeParams`."""
     from flute.jit.launch import Launcher
 
     config, (m, n, k) = plan.config, problem[-3:]

@@ -86,7 +86,7 @@ def test_batch_params(M, ends, N, num_ranges, range_end):
     weight = packed_weight(random_weight(N, 512, QuantSpec(4, 64), table_ends=ends))
     problem = launchers.problem_of(weight, M, torch.float16)
     plan = next(p for p in plans_of(problem, Gpu()) if isinstance(p, BatchPlan))
-    launcher = launchers.batch_launcher(1, plan, problem, Gpu(), ends)
+    launcher = launchers.product_of(1, plan, problem, Gpu(), ends).launcher
     members = fields("batch.cuh", "BatchParams")
     assert [name for name, _ in members[:5]] == ["packed", "scales", "table", "bias", "out"]
     assert launcher.slots == tuple(range(128, 168, 8))
