@@ -1,8 +1,9 @@
 """Other libraries' ways to quantise, re-created so that they run beside ours on any machine.
 
 Each takes a weight (N, K) and returns the values that the library's layer would multiply with, and
-the bits per weight that it stores. `bitsandbytes_nf4` equals the library bit for bit
-(tests/test_bench_quality.py); the other two follow their papers and are not the libraries' code.
+the bits per weight that it stores. `bitsandbytes_nf4` equals the library bit for bit (with double
+quantisation but for absmax values next to a midpoint, some of which the library rounds the other
+way; tests/test_bench_quality.py). The other two follow their papers, not the libraries' code.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ import argparse
 import copy
 import dataclasses
 import datetime
-import inspect
 import json
 import os
 import platform
@@ -34,9 +33,9 @@ from flute.cli.loading import load_model, load_tokenizer
 from flute.console import Bar, print_table, quiet_transformers
 from flute.divergence import divergence
 from flute.evaluate import TEXTS, perplexity, read_text, to_windows
-from flute.format import SCALE_DTYPES, QuantizedWeight, QuantSpec
+from flute.format import QuantizedWeight
 from flute.linear import LutLinear
-from flute.methods import METHODS, resolve_table
+from flute.methods import METHODS
 from flute.model import QuantizeOptions, plan_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,11 +55,6 @@ class Case:
     bits: int
     group: int
     seed: int | None = None
-
-
-def calibrates(method: str) -> bool:
-    """Tell whether a method of the package takes a Hessian, thus calibration text."""
-    return "hessian" in inspect.signature(METHODS[method]).parameters
 
 
 def bitsandbytes(weight: Tensor, case: Case, hessian: Tensor | None) -> baselines.Result:
@@ -100,6 +94,15 @@ def dequantized(weight: Tensor, case: Case, hessian: Tensor | None) -> baselines
     return flute.dequantize(quantized), case.bits + 16 / case.group
 
 
+OURS: dict[str, dict[str, Any]] = {name: {} for name in METHODS if name != "table"}
+"""Name -> options of `flute.quantize_model` besides bits, group and method."""
+CALIBRATED: tuple[str, ...] = ("GPTQ int (re-created)",)
+for _name in getattr(flute.methods, "CALIBRATED", ()):
+    _scopes = [{}, {"table_scope": "row"}] if _name == "lnq" else [{}]
+    for _options in _scopes:
+        _title = f"{_name}, table per row" if _options else _name
+        OURS[_title] = _options
+        CALIBRATED += (_title,)
 OTHERS: dict[str, Callable[[Tensor, Case, Tensor | None], baselines.Result]] = {
     "bitsandbytes nf4": bitsandbytes,
     "bitsandbytes nf4, double": bitsandbytes,
@@ -110,7 +113,6 @@ OTHERS: dict[str, Callable[[Tensor, Case, Tensor | None], baselines.Result]] = {
     "nf, dequantised": dequantized,
 }
 CONTROLS = ("int8", "nf, table permuted", "nf, dequantised")
-CALIBRATED = ("GPTQ int (re-created)",)
 
 
 def cases_of(
@@ -123,8 +125,8 @@ def cases_of(
 ) -> Iterator[Case]:
     """Yield what is measured: methods of ours, then baselines and controls, by bits and group."""
     for method in methods:
-        ours = method in METHODS
-        needs = calibrates(method) if ours else method in CALIBRATED
+        ours = method in OURS
+        needs = method in CALIBRATED
         if needs and not calibration:
             continue
         kind = "method" if ours else "control" if method in CONTROLS else "baseline"
@@ -139,48 +141,46 @@ def cases_of(
 
 
 def quantized_copy(
-    dense: nn.Module, case: Case, hessians: dict[str, Tensor] | None
+    dense: nn.Module, case: Case, windows: Tensor | None, hessians: dict[str, Tensor] | None
 ) -> tuple[nn.Module, float, float]:
     """Return a quantised copy of a model, the bits it stores per weight, and the seconds it took.
 
     A method of the package becomes real layers, anything else dense layers of rounded weights.
+
+    Args:
+        dense: the model.
+        case: what to do.
+        windows: calibration text for a method of the package that needs it.
+        hessians: of the dense model's layers, for a baseline that needs them.
     """
     model = copy.deepcopy(dense)
-    bits = 4 if case.kind == "control" else case.bits
-    plan = plan_model(model, QuantizeOptions(bits, case.group))
-    stored = seconds = 0.0
+    start = time.perf_counter()
+    if case.kind == "method":
+        method = case.method.partition(",")[0]
+        options = OURS[case.method] | ({} if windows is None else {"calibration": windows})
+        flute.quantize_model(model, case.bits, case.group, method=method, **options)
+        seconds = time.perf_counter() - start
+        layers = [m for m in model.modules() if isinstance(m, LutLinear)]
+        weights = sum(layer.in_features * layer.out_features for layer in layers)
+        tensors = [t for m in layers for t in (m.codes, m.scales, m.table)]
+        return model, 8 * sum(t.numel() * t.element_size() for t in tensors) / weights, seconds
+    plan = plan_model(
+        model, QuantizeOptions(4 if case.kind == "control" else case.bits, case.group)
+    )
+    stored = 0.0
     for name in plan.shapes:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear), f"{name} was planned as nn.Linear"
         weight = linear.weight.detach().float()
-        hessian = hessians[name] if hessians else None
         group = plan.config.spec_of(name).group_size  # smaller where the row wants it
-        start = time.perf_counter()
-        if case.kind != "method":
-            flat = case.method.startswith("bitsandbytes")
-            here = case if flat else dataclasses.replace(case, group=group)
-            values, per_weight = OTHERS[case.method](weight, here, hessian)
-            seconds += time.perf_counter() - start
-            linear.weight.data = values.to(linear.weight.dtype)
-            stored += per_weight * weight.numel()
-            continue
-        quantized = run_method(case, weight, group, plan.config.scale_dtype, hessian)
-        seconds += time.perf_counter() - start
-        model.set_submodule(name, LutLinear.from_quantized(quantized, linear.bias))
-        stored += weight.numel() * case.bits
-        stored += 8 * sum(t.numel() * t.element_size() for t in (quantized.scales, quantized.table))
+        flat = case.method.startswith("bitsandbytes")
+        here = case if flat else dataclasses.replace(case, group=group)
+        hessian = hessians[name] if hessians else None
+        values, per_weight = OTHERS[case.method](weight, here, hessian)
+        linear.weight.data = values.to(linear.weight.dtype)
+        stored += per_weight * weight.numel()
+    seconds = time.perf_counter() - start
     return model, stored / sum(N * K for N, K in plan.shapes.values()), seconds
-
-
-def run_method(
-    case: Case, weight: Tensor, group: int, scale_dtype: str, hessian: Tensor | None
-) -> QuantizedWeight:
-    method: Any = METHODS[case.method]
-    extra = {"hessian": hessian} if calibrates(case.method) else {}
-    table = resolve_table(case.method, None, case.bits)
-    spec = QuantSpec(case.bits, group)
-    result: QuantizedWeight = method(weight, spec, table, SCALE_DTYPES[scale_dtype], **extra)
-    return result
 
 
 @torch.inference_mode()
@@ -260,17 +260,18 @@ def bench_model(path: str, args: argparse.Namespace, head: Record) -> Iterator[R
     pool = None
     if args.calibration:
         pool = to_windows(read_text(args.calibration), tokenizer, args.window)
-    chosen = args.methods or [m for m in (*METHODS, *OTHERS) if m != "table"]
+    chosen = args.methods or [*OURS, *OTHERS]
     cases = list(cases_of(chosen, args.bits, args.groups, calibration=pool is not None))
     hessians: dict[int, dict[str, Tensor]] = {}
     with Bar(Path(path).name, "cases", len(cases)) as bar:
         for case in cases:
-            if case.seed is not None and case.seed not in hessians:
+            picked = sums = None
+            if pool is not None and case.seed is not None:
                 picked = draw(pool, args.calibration_windows, case.seed)
-                hessians[case.seed] = collect_hessians(dense, picked)
-            model, bits, seconds = quantized_copy(
-                dense, case, hessians.get(case.seed) if case.seed is not None else None
-            )
+                if case.kind == "baseline" and case.seed not in hessians:
+                    hessians[case.seed] = collect_hessians(dense, picked)
+                sums = hessians.get(case.seed)
+            model, bits, seconds = quantized_copy(dense, case, picked, sums)
             for name, windows in texts.items():
                 result = divergence(model, reference, windows)
                 excess, error = result.perplexity.excess(plain[name])
@@ -328,7 +329,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--window", type=int, default=1024, metavar="N", help="tokens; 1024")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="of each text; default all")
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *OTHERS], metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", choices=[*OURS, *OTHERS], metavar="METHOD")
     parser.add_argument("--bits", nargs="+", type=int, default=BITS, choices=BITS)
     parser.add_argument("--groups", nargs="+", type=int, default=GROUPS, metavar="N")
     parser.add_argument("--calibration", metavar="TEXT", help="training text, none of --texts")
