@@ -1,6 +1,6 @@
 """Draw what `bench_quality.py` measured: loss over bf16 against bits per weight, Pareto front.
 
-Also prints the table of the README.
+Writes the tables beside the plot, in Markdown, and prints them; the first is the README's.
 
 Usage: python benchmarks/plot_quality.py [results.json] [--out benchmarks/results]
 """
@@ -91,6 +91,12 @@ def markdown(records: Sequence[Record], model: str, text: str, group: int = TABL
     return "\n".join([about, "", *lines])
 
 
+def tables(records: Sequence[Record]) -> str:
+    """Return the table of each model and text."""
+    pairs = dict.fromkeys((r["model"], r["text"]) for r in records)
+    return "\n\n".join(markdown(records, model, text) for model, text in pairs) + "\n"
+
+
 def plot(records: Sequence[Record], path: Path) -> None:
     """Draw a panel per model and text: loss over bf16 against bits per weight."""
     means = [r for r in averaged(records) if r["kind"] in ("method", "baseline")]
@@ -112,7 +118,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
     figure.suptitle(
         f"Loss over bf16 against size of the linear layers; group: {groups}; line: Pareto front; "
         f"commit {head['commit'] or '?'}, {head['date']}",
-        **{"fontsize": 8, "x": 0.01, "ha": "left"},
+        **{"fontsize": 7.5, "x": 0.01, "ha": "left"},
     )
     legend = {"fontsize": 8, "ncols": 4, "frameon": False, "loc": "lower center"}
     figure.legend(list(handles.values()), list(handles), **legend)
@@ -161,9 +167,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     records = json.loads(args.results.read_text())
     plot(records, args.out / "quality.png")
-    print(args.out / "quality.png")
-    for model, text in dict.fromkeys((r["model"], r["text"]) for r in records):
-        print(f"\n{markdown(records, model, text)}")
+    (args.out / "quality.md").write_text(tables(records))
+    print(f"{args.out / 'quality.png'}\n\n{tables(records)}", end="")
 
 
 if __name__ == "__main__":

@@ -167,7 +167,8 @@ def test_the_benchmark_writes_a_record_per_case_and_text(tmp_path, capsys):
     assert all(wanted <= r.keys() for r in records)
     dense, nf = records[0], next(r for r in records if r["method"] == "nf")
     assert (dense["tokens"], dense["bytes"]) == (126, 13_638_144)
-    assert nf["bytes"] == round(13_638_144 - 4_718_592 * (16 - nf["bits_per_weight"]) / 8)
+    expected = dense["bytes"] - 4_718_592 * (16 - nf["bits_per_weight"]) / 8
+    assert nf["bytes"] == pytest.approx(expected, abs=10)
     assert nf["dloss"] == pytest.approx(nf["loss"] - dense["loss"], abs=1e-4)
     assert "GPTQ int" in capsys.readouterr().out
 
@@ -228,3 +229,28 @@ def test_plots_are_drawn_from_json_alone(tmp_path, capsys):
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "quality.png").stat().st_size > 10_000
     assert "| gptq |" in capsys.readouterr().out
+    assert "| gptq |" in (tmp_path / "quality.md").read_text()
+
+
+def test_results_that_are_kept_are_drawn_and_their_controls_hold():
+    kept = json.loads((plot_quality.RESULTS / "quality.json").read_text())
+    assert all(r["commit"] and r["date"] and r["machine"] and r["tokens"] for r in kept)
+    assert (plot_quality.RESULTS / "quality.png").exists()
+    assert (plot_quality.RESULTS / "quality.md").read_text() == plot_quality.tables(kept)
+    for model, text in {(r["model"], r["text"]) for r in kept}:
+        here = {
+            (r["method"], r["bits"], r["group"]): r
+            for r in kept
+            if (r["model"], r["text"]) == (model, text)
+        }
+        assert abs(here["int8", 8, 64]["dloss"]) < 0.005
+        assert here["nf, table permuted", 4, 64]["dloss"] > 3
+        for bits in (4, 3, 2):
+            assert here["mse", bits, 64]["kl"] < here["nf", bits, 64]["kl"]
+
+
+def test_the_readme_has_the_figures_that_are_kept():
+    kept = json.loads((plot_quality.RESULTS / "quality.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    for line in plot_quality.markdown(kept, "llama-demo-7m", "wikitext2").splitlines():
+        assert line in readme, "paste what benchmarks/plot_quality.py prints into the README"
