@@ -44,7 +44,7 @@ def averaged(records: Iterable[Record]) -> list[Record]:
         cases.setdefault(tuple(record[key] for key in keys), []).append(record)
     out = []
     for same in cases.values():
-        names = ("dloss", "kl", "ppl", "seconds", "agreement")
+        names = ("dloss", "dloss_error", "kl", "ppl", "seconds", "agreement")
         means = {name: fmean(r[name] for r in same) for name in names}
         losses = [r["dloss"] for r in same]
         spread = stdev(losses) if len(losses) > 1 else 0.0
@@ -63,11 +63,12 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def cell(record: Record | None, reference: Record | None) -> str:
-    """Return the loss over bf16, as a share of nf's too, and the KL divergence."""
+    """Return the loss over bf16 with its standard error, its share of nf's, the KL divergence."""
     if record is None:
         return "-"
     share = f" ({record['dloss'] / reference['dloss']:.0%})" if reference else ""
-    return f"{record['dloss']:.3f}{share}, {record['kl']:.3f}"
+    loss = f"{record['dloss']:.3f} ± {record['dloss_error']:.3f}"
+    return f"{loss}{share}, {record['kl']:.3f}"
 
 
 def markdown(records: Sequence[Record], model: str, text: str, group: int = TABLE_GROUP) -> str:
@@ -84,7 +85,8 @@ def markdown(records: Sequence[Record], model: str, text: str, group: int = TABL
     lines = [f"| {' | '.join(row)} |" for row in rows]
     dense = next(r for r in means if r["kind"] == "dense")
     about = (
-        "Loss over bf16 in nats per token (share of `nf`'s), KL divergence from bf16; group "
+        "Loss over bf16 in nats per token, ± its standard error over the windows (share of "
+        "`nf`'s), and KL divergence from bf16; group "
         f"{group}; {model}, {dense['tokens']} tokens of {text} in windows of {dense['window']}, "
         f"bf16 perplexity {dense['ppl']:.2f}; commit {dense['commit'] or '?'}, {dense['date']}"
     )
@@ -114,10 +116,10 @@ def plot(records: Sequence[Record], path: Path) -> None:
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     groups = ", ".join(f"{SHAPES[g]} {g}" for g in sorted({r["group"] for r in means}))
-    head = means[0]
+    commits = ", ".join(dict.fromkeys(f"{r['commit'] or '?'} ({r['date']})" for r in means))
     figure.suptitle(
         f"Loss over bf16 against size of the linear layers; group: {groups}; line: Pareto front; "
-        f"commit {head['commit'] or '?'}, {head['date']}",
+        f"commit {commits}",
         **{"fontsize": 7.5, "x": 0.01, "ha": "left"},
     )
     legend = {"fontsize": 8, "ncols": 4, "frameon": False, "loc": "lower center"}

@@ -180,6 +180,7 @@ def record(**changes):
     base = {
         **{"model": "m", "text": "t", "method": "nf", "kind": "method", "bits": 4, "group": 64},
         **{"seed": None, "bits_per_weight": 4.25, "bytes": 1, "ppl": 40.0, "dloss": 0.1},
+        "dloss_error": 0.02,
         **{"kl": 0.09, "seconds": 1.0, "agreement": 0.9, "tokens": 8184, "window": 1024},
         **{"commit": "abc1234", "date": "2026-11-22"},
     }
@@ -218,8 +219,8 @@ def test_the_table_gives_losses_as_shares_of_nf():
     assert lines[2:] == [
         "| method | 4 bits | 2 bits |",
         "| --- | --- | --- |",
-        "| nf | 0.100 (100%), 0.090 | 5.000 (100%), 5.500 |",
-        "| gptq | 0.050 (50%), 0.050 | - |",
+        "| nf | 0.100 ± 0.020 (100%), 0.090 | 5.000 ± 0.020 (100%), 5.500 |",
+        "| gptq | 0.050 ± 0.020 (50%), 0.050 | - |",
     ]
 
 
