@@ -23,8 +23,11 @@ from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
 Record = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
-COLOURS = ("#0072B2", "#009E73", "#E69F00", "#CC79A7", "#D55E00", "#56B4E9", "#222222", "#999999")
-"""Colours that the colour-blind tell apart (Okabe and Ito)."""
+COLOURS = (
+    *("#0072B2", "#009E73", "#E69F00", "#CC79A7", "#D55E00", "#56B4E9"),
+    *("#222222", "#999999", "#8C510A", "#F0E442", "#5E3C99", "#B2DF8A"),
+)
+"""Colours that the colour-blind tell apart (Okabe and Ito), then some more."""
 MARKERS = {32: "o", 64: "s", 128: "^", 256: "D"}
 SHAPES = {32: "circle", 64: "square", 128: "triangle", 256: "diamond"}
 """Marker of a group size, and how the title calls it."""
@@ -119,12 +122,13 @@ def plot(records: Sequence[Record], path: Path) -> None:
     commits = ", ".join(dict.fromkeys(f"{r['commit'] or '?'} ({r['date']})" for r in means))
     figure.suptitle(
         f"Loss over bf16 against size of the linear layers; group: {groups}; line: Pareto front; "
+        "bars: standard error over windows; "
         f"commit {commits}",
-        **{"fontsize": 7.5, "x": 0.01, "ha": "left"},
+        **{"fontsize": 7, "x": 0.01, "ha": "left"},
     )
     legend = {"fontsize": 8, "ncols": 4, "frameon": False, "loc": "lower center"}
     figure.legend(list(handles.values()), list(handles), **legend)
-    figure.tight_layout(rect=(0, 0.07 + 0.1 / rows, 1, 1))
+    figure.tight_layout(rect=(0, 0.6 / size[1], 1, 1))
     figure.savefig(path)
     plt.close(figure)
 
@@ -147,8 +151,9 @@ def draw_panel(axes: Axes, records: Sequence[Record], methods: Sequence[str]) ->
             linewidth=1.2,
             zorder=3,
         )
-        if record["spread"]:
-            axes.errorbar([x], [y], [record["spread"]], color=colour, linewidth=1, zorder=2)
+        error = record["dloss_error"]
+        ends = [[y - max(FLOOR, y - error)], [error]]
+        axes.errorbar([x], [y], ends, color=colour, linewidth=0.8, zorder=2)
         if record["group"] == TABLE_GROUP or record["method"] not in handles:
             handles[record["method"]] = handle
     axes.set_yscale("log")
