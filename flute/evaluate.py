@@ -57,9 +57,19 @@ class Perplexity:
         return float(self.losses.mean())
 
     @property
+    def loss_error(self) -> float:
+        """Standard error of `loss` over the windows."""
+        return standard_error(self.losses)
+
+    @property
     def perplexity(self) -> float:
         """``exp(loss)``."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def perplexity_error(self) -> float:
+        """Standard error of `perplexity`, to first order: ``perplexity * loss_error``."""
+        return self.perplexity * self.loss_error
 
     def excess(self, reference: Perplexity) -> tuple[float, float]:
         """Return the mean loss over the reference's on the same windows, and its standard error.
@@ -73,8 +83,12 @@ class Perplexity:
                 f"{len(reference.losses)} of {reference.window}: the models tokenise differently."
             )
         difference = self.losses - reference.losses
-        error = float(difference.std() / math.sqrt(len(difference))) if len(difference) > 1 else 0.0
-        return float(difference.mean()), error
+        return float(difference.mean()), standard_error(difference)
+
+
+def standard_error(values: Tensor) -> float:
+    """Return the standard error of the mean of some values, one per window; 0 of a single one."""
+    return float(values.double().std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def read_text(source: str | Path) -> str:
@@ -140,14 +154,7 @@ def perplexity(
             vocabulary, or the loss is not a number.
     """
     window = windows.shape[1]
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context and window > context:
-        raise EvaluationError(f"`window` is {window}; the model's context is {context} tokens.")
-    vocabulary = getattr(model.config, "vocab_size", None)
-    if vocabulary and int(windows.max()) >= vocabulary:
-        raise EvaluationError(
-            f"The tokenizer gives id {int(windows.max())}; the model knows {vocabulary} tokens."
-        )
+    check_windows(model, windows)
     losses = []
     model.eval()
     start = time.perf_counter()
@@ -156,9 +163,30 @@ def perplexity(
         if progress:
             progress(batch.numel())
     result = Perplexity(torch.cat(losses), window, time.perf_counter() - start)
-    if not math.isfinite(result.loss):
-        raise EvaluationError("The model's loss is NaN or Inf: its weights or scales are broken.")
+    broken = (~result.losses.isfinite()).nonzero().flatten().tolist()
+    if broken:
+        raise EvaluationError(
+            f"The model's loss is NaN or Inf in {len(broken)} of {len(windows)} windows, the first "
+            f"at {broken[0]}: its weights or scales are broken."
+        )
     return result
+
+
+def check_windows(model: Any, windows: Tensor) -> None:
+    """Check that a model can read windows of tokens.
+
+    Raises:
+        EvaluationError: they are longer than its context, or hold tokens beyond its vocabulary.
+    """
+    window = windows.shape[1]
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context and window > context:
+        raise EvaluationError(f"`window` is {window}; the model's context is {context} tokens.")
+    vocabulary = getattr(model.config, "vocab_size", None)
+    if vocabulary and int(windows.max()) >= vocabulary:
+        raise EvaluationError(
+            f"The tokenizer gives id {int(windows.max())}; the model knows {vocabulary} tokens."
+        )
 
 
 @torch.inference_mode()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from flute.errors import UnsupportedProblemError
 
@@ -68,3 +69,107 @@ def plot_quality(points: Sequence[tuple[str, int, float]], path: str | Path, sub
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
+
+
+def plot_evaluation(records: Sequence[Mapping[str, Any]], path: str | Path, subtitle: str) -> None:
+    """Plot models side by side: perplexity, KL divergence and tasks, a panel each.
+
+    Models that differ in bits per weight stand at their bits, others in a row.
+
+    Args:
+        records: of each model: "name", "bits_per_weight", "perplexity", "perplexity_error"; those
+            but the reference "kl" ("mean", "error", "p50", "p99"); maybe "scores" (task -> (value,
+            standard error)).
+        path: file to write, .png or another suffix of matplotlib.
+        subtitle: what was measured on.
+
+    Raises:
+        UnsupportedProblemError: matplotlib is missing.
+    """
+    check_plotting(path)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    compared = [record for record in records if record.get("kl")]
+    asked = [record for record in records if record.get("scores")]
+    panels = 1 + bool(compared) + bool(asked)
+    figure, row = plt.subplots(1, panels, figsize=(1 + 4.5 * panels, 4.2), dpi=130, squeeze=False)
+    axes = list(row[0])
+    _plot_values(
+        axes[0],
+        records,
+        [(r["perplexity"], r["perplexity_error"]) for r in records],
+        "perplexity (lower is better)",
+    )
+    if compared:
+        values = [(r["kl"]["mean"], r["kl"]["error"]) for r in compared]
+        places = _plot_values(axes[1], compared, values, "KL to the reference, nats per token")
+        for key, marker in (("p50", "_"), ("p99", "^")):
+            heights = [r["kl"][key] for r in compared]
+            label = f"{key[1:]} % of the tokens lie below"
+            axes[1].plot(places, heights, marker, color="0.5", label=label)
+        axes[1].legend(fontsize=7, frameon=False)
+        if min(r["kl"]["p50"] for r in compared) > 0:
+            axes[1].set_yscale("log")
+    if asked:
+        _plot_scores(axes[-1], asked)
+    for one in axes:
+        one.grid(axis="y", alpha=0.25)
+        one.spines[["top", "right"]].set_visible(False)
+        one.tick_params(labelsize=8)
+    figure.suptitle(f"Quality. {subtitle}", fontsize=9, x=0.01, ha="left")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _plot_values(
+    axes: Any,
+    records: Sequence[Mapping[str, Any]],
+    values: Sequence[tuple[float, float]],
+    label: str,
+) -> list[float]:
+    """Draw (value, standard error) of each model against bits, or in a row; return the places."""
+    heights, errors = ([pair[i] for pair in values] for i in (0, 1))
+    bits = [float(record["bits_per_weight"]) for record in records]
+    by_bits = len(set(bits)) == len(bits) > 1
+    places = bits if by_bits else [float(i) for i in range(len(bits))]
+    order = sorted(range(len(places)), key=places.__getitem__)
+    style = "o-" if by_bits else "o"
+    axes.errorbar(
+        [places[i] for i in order],
+        [heights[i] for i in order],
+        [errors[i] for i in order],
+        fmt=style,
+        color="C0",
+        capsize=3,
+    )
+    for record, place, height in zip(records, places, heights, strict=True):
+        name = f"{record['name']}\n" if by_bits else ""
+        text = f"{name}{height:.3g}"
+        axes.annotate(text, (place, height), (5, 4), textcoords="offset points", fontsize=7)
+    if by_bits:
+        axes.set_xlabel("bits per weight of the linear layers", fontsize=8)
+    else:
+        axes.set_xticks(places, [record["name"] for record in records], rotation=20, ha="right")
+    if max(heights) > 4 * min(heights) > 0:
+        axes.set_yscale("log")
+    axes.set_ylabel(label, fontsize=8)
+    axes.margins(x=0.15, y=0.15)
+    return places
+
+
+def _plot_scores(axes: Any, records: Sequence[Mapping[str, Any]]) -> None:
+    """Draw a group of bars per task, a bar per model."""
+    tasks = list(dict.fromkeys(task for record in records for task in record["scores"]))
+    width = 0.8 / len(records)
+    for j, record in enumerate(records):
+        places = [i + (j - (len(records) - 1) / 2) * width for i in range(len(tasks))]
+        pairs = [record["scores"].get(task, (0.0, 0.0)) for task in tasks]
+        heights, errors = ([pair[i] for pair in pairs] for i in (0, 1))
+        axes.bar(places, heights, width, yerr=errors, capsize=2, label=record["name"])
+    axes.set_xticks(range(len(tasks)), tasks, rotation=20, ha="right")
+    axes.set_ylabel("zero-shot, lm-eval", fontsize=8)
+    axes.legend(fontsize=7, frameon=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -109,6 +110,65 @@ def test_eval_compares_models_and_draws(quantized, tmp_path, capsys):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_eval_measures_the_distance_from_a_reference(quantized, tmp_path, capsys):
+    plot = tmp_path / "plot.png"
+    argv = ["eval", quantized, DEMO_MODEL, "--window", 128, "--max-tokens", 1024]
+    code, report = run_json(capsys, *argv, "--reference", DEMO_MODEL, "--plot", plot)
+    assert code == 0
+    assert report["reference"] == str(DEMO_MODEL)
+    assert "windows without overlap" in report["protocol"]
+    dense, small = report["results"]
+    assert dense["name"] == "llama-demo-7m"
+    assert "kl" not in dense
+    assert small["kl"].keys() == {"mean", "error", "p50", "p90", "p99"}
+    assert 0 < small["kl"]["p50"] < small["kl"]["mean"] < small["kl"]["p99"]
+    assert 0 < small["kl"]["error"] < small["kl"]["mean"] < 0.5
+    assert 0.5 < small["agreement"]["mean"] < 0.95
+    assert small["perplexity_error"] == pytest.approx(small["perplexity"] * small["loss_error"])
+    assert (dense["bits_per_weight"], round(small["bits_per_weight"], 2)) == (16, 3.25)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert main([*map(str, argv), "--reference", str(DEMO_MODEL)]) == 0
+    printed = capsys.readouterr().out
+    assert "same top token" in printed
+    assert "KL(reference || model)" in printed
+
+
+def test_eval_asks_tasks_and_refuses_what_it_cannot_ask(quantized, tmp_path, capsys, monkeypatch):
+    import flute.integrations.lm_eval as adapter
+
+    task = tmp_path / "opposites.jsonl"
+    task.write_text('{"query": "Hot is not", "choices": ["cold", "warm"], "gold": 0}\n')
+    asked = []
+
+    def run_tasks(model, tokenizer, tasks, limit):
+        asked.append((tasks.local["opposites"], limit))
+        return {"opposites": {"acc": 0.75, "acc_error": 0.25, "samples": 4}}
+
+    monkeypatch.setattr(adapter, "check_installed", lambda: None)
+    monkeypatch.setattr(adapter, "run_tasks", run_tasks)
+    plot = tmp_path / "plot.png"
+    argv = ["eval", quantized, "--window", 64, "--max-tokens", 256, "--tasks", task]
+    code, report = run_json(capsys, *argv, "--task-limit", 3, "--plot", plot)
+    assert code == 0
+    assert report["results"][0]["tasks"]["opposites"]["acc"] == 0.75
+    assert asked == [([adapter.Question(("Hot is not",), ("cold", "warm"), 0)], 3)]
+    assert plot.stat().st_size > 10_000
+    assert main([*map(str, argv)]) == 0
+    assert "acc 0.750 +- 0.250" in capsys.readouterr().out
+
+
+def test_eval_needs_the_references_tokens(quantized, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(quantized, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:500]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    argv = ["eval", other, "--reference", DEMO_MODEL, "--window", 64, "--max-tokens", 256]
+    assert main([*map(str, argv)]) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"`{other}`: This model's tokenizer cuts the text into other tokens" in error
+
+
 def test_inspect_shows_bits_sizes_and_errors(quantized, capsys):
     code, report = run_json(capsys, "inspect", quantized, "--dense", DEMO_MODEL)
     assert code == 0
@@ -181,6 +241,8 @@ FAILURES = {
         ["eval", "{quantized}", "--window", "4096"],
         "context is 2048 tokens",
     ),
+    "empty text": (["eval", "{quantized}", "--text", "{tmp}/empty.txt"], "The text has 0 tokens"),
+    "no task": (["eval", "{quantized}", "--tasks", "{tmp}/none.jsonl"], "is no task file"),
     "plot to nowhere": (["eval", "{quantized}", "--plot", "{tmp}/no/p.png"], "is not a folder"),
     "plot of no kind": (["eval", "{quantized}", "--plot", "{tmp}/p.xyz"], "has suffix '.xyz'"),
     "no tokens": (["generate", "{quantized}", "x", "--max-new-tokens", "0"], "expected at least 1"),
@@ -198,6 +260,7 @@ FAILURES = {
 @pytest.mark.parametrize("case", FAILURES)
 def test_failures_are_one_line_and_exit_code_1(case, quantized, tmp_path, capsys):
     (tmp_path / "something").write_text("here")
+    (tmp_path / "empty.txt").write_text("")
     argv, message = FAILURES[case]
     places = {"tmp": tmp_path, "demo": DEMO_MODEL, "quantized": quantized}
     code = main([word.format(**places) for word in argv])

@@ -35,7 +35,7 @@ LAYERS = (
     ("writer",),
     ("stream",),
     ("calibration", "console", "evaluate", "plot"),
-    ("prepare",),
+    ("prepare", "divergence"),
     ("integrations",),
     ("cli",),
 )
