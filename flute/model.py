@@ -10,7 +10,8 @@ Owns the choice of layers (`plan_model`), shared by everything that quantises: m
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
@@ -18,10 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flute.calibration import BlockWalk, CalibrationError
 from flute.errors import FormatError, UnsupportedProblemError
 from flute.format import GROUP_SIZES, SCALE_DTYPES, WHOLE_ROW, CheckpointConfig, QuantizedWeight
 from flute.linear import LutLinear
-from flute.methods import METHODS, check_weight, resolve_table
+from flute.methods import (
+    CALIBRATED,
+    METHODS,
+    check_table_scope,
+    check_weight,
+    quantize_calibrated,
+    resolve_table,
+)
+from flute.reference import dequantize
 from flute.tables import TABLES, TableLike
 
 ROUTER_NAMES = ("gate", "router", "shared_expert_gate", "wg")
@@ -35,12 +45,14 @@ class QuantizeOptions:
     Args:
         num_bits: bits per weight: 2, 3 or 4.
         group_size: weights per scale: 32, 64, 128, 256, or -1 for the whole row.
-        method: a name in `flute.methods.METHODS`; "mse" needs no data and is the default.
+        method: a name in `flute.methods.METHODS`; "mse" needs no data and is the default. "gptq"
+            and "lnq" need calibration.
         table: table of the method, by name, list, tensor or file; None is the method's own. With N
             rows (one table per output row) it fits only layers of N outputs.
         scale_dtype: "float16", "bfloat16" or "float32"; None is the model's own 16-bit dtype, and
             bfloat16 for an fp32 model.
         skip: patterns of layer names to leave dense, such as "lm_head" or "*.layers.0.*".
+        table_scope: "row" lets "lnq" learn a table for each row instead of one per matrix.
 
     Raises:
         FormatError: a value out of range, or a table that does not fit.
@@ -52,6 +64,7 @@ class QuantizeOptions:
     table: TableLike | None = None
     scale_dtype: str | None = None
     skip: tuple[str, ...] = ()
+    table_scope: str = "tensor"
 
     def __post_init__(self) -> None:
         if isinstance(self.skip, str):
@@ -59,6 +72,7 @@ class QuantizeOptions:
         object.__setattr__(self, "skip", tuple(self.skip))
         CheckpointConfig(self.num_bits, self.group_size)
         resolve_table(self.method, self.table, self.num_bits)
+        check_table_scope(self.method, self.table_scope)
         if self.scale_dtype not in (None, *SCALE_DTYPES):
             raise FormatError(
                 f"`scale_dtype` is {self.scale_dtype!r}; expected one of {tuple(SCALE_DTYPES)}, or "
@@ -70,7 +84,8 @@ class QuantizeOptions:
         """The table's family, or "custom"."""
         if self.method in TABLES:
             return self.method
-        name = "nf" if self.table is None else self.table
+        fitted = self.method == "lnq" or (self.method in CALIBRATED and self.table is None)
+        name = "custom" if fitted else "nf" if self.table is None else self.table
         family = name.removesuffix(str(self.num_bits)) if isinstance(name, str) else ""
         return family if family in TABLES else "custom"
 
@@ -215,7 +230,7 @@ def _fit_groups(
 def _table_scope(options: QuantizeOptions, shapes: Mapping[str, tuple[int, int]]) -> str:
     rows = resolve_table(options.method, options.table, options.num_bits).shape[0]
     if rows == 1:
-        return "tensor"
+        return options.table_scope
     misfits = [f"`{name}` (N={N})" for name, (N, _) in shapes.items() if rows != N]
     if misfits:
         raise FormatError(
@@ -250,6 +265,11 @@ def quantize_weight(
     Raises:
         FormatError: NaN or Inf, or a dtype that cannot be quantised; the message names the tensor.
     """
+    if config.method in CALIBRATED:
+        raise FormatError(
+            f"method={config.method!r} needs calibration text: use `flute quantize --calibration`, "
+            "or `flute.quantize_model(model, ..., calibration=windows)`."
+        )
     check_weight(weight, f"{name}.weight", first_row)
     spec = config.spec_of(name)
     entries = resolve_table(config.method, table, spec.num_bits).to(weight.device)
@@ -258,6 +278,54 @@ def quantize_weight(
         return METHODS[config.method](dense, spec, entries, scale_dtype)
     except FormatError as error:
         raise FormatError(f"`{name}.weight`: {error}") from error
+
+
+def quantize_block(
+    weights: Mapping[str, Tensor],
+    hessians: Mapping[str, Tensor],
+    config: CheckpointConfig,
+    table: TableLike | None,
+) -> dict[str, QuantizedWeight]:
+    """Quantise the layers of a decoder block against their Hessians.
+
+    On the CPU a layer per thread, each thread running torch on one core: the steps are small, and
+    torch's own threads would wait for each other in each of them.
+
+    Args:
+        weights: layer name -> weight, shape (N, K).
+        hessians: layer name -> sum of x x' over its inputs, shape (K, K), on the weight's device.
+        config: from `plan_model`.
+        table: as in `QuantizeOptions`.
+
+    Raises:
+        FormatError: NaN or Inf, or a Hessian that cannot be used; the message names the layer.
+    """
+
+    def one(name: str) -> QuantizedWeight:
+        weight, spec = weights[name], config.spec_of(name)
+        check_weight(weight, f"{name}.weight")
+        given = None
+        if table is not None:
+            given = resolve_table(config.method, table, spec.num_bits).to(weight.device)
+        try:
+            return quantize_calibrated(
+                weight.detach().float().contiguous(),
+                hessians[name],
+                spec,
+                given,
+                SCALE_DTYPES[config.scale_dtype],
+                method=config.method,
+                per_row=config.table_scope == "row",
+            )
+        except FormatError as error:
+            raise FormatError(f"`{name}`: {error}") from error
+
+    names = sorted(weights, key=lambda name: -weights[name].numel())
+    num_threads = torch.get_num_threads()
+    if num_threads == 1 or any(weight.device.type != "cpu" for weight in weights.values()):
+        return {name: one(name) for name in names}
+    with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return dict(zip(names, pool.map(one, names), strict=True))
 
 
 def empty_lut_linear(linear: nn.Linear, name: str, config: CheckpointConfig) -> LutLinear:
@@ -279,17 +347,22 @@ def quantize_model(
     num_bits: int = 4,
     group_size: int = 64,
     *,
+    calibration: Tensor | None = None,
     progress: Callable[[str, int], Any] | None = None,
     **options: Any,
 ) -> ModelPlan:
     """Quantise a model in memory: each chosen `nn.Linear` is replaced by a `LutLinear`.
 
-    Layers are quantised one at a time, where they are, and the dense weight is freed at once.
+    Layers are quantised one at a time, where they are, and the dense weight is freed at once. With
+    "gptq" and "lnq" decoder block by decoder block, each seeing its inputs as the quantised blocks
+    before it give them.
 
     Args:
         model: any module, on CPU or CUDA; changed in place.
         num_bits: bits per weight.
         group_size: weights per scale; -1 for the whole row.
+        calibration: for "gptq" and "lnq": token ids of training text, int64, shape (samples,
+            sequence), from `flute.calibration.sample_windows`.
         progress: called with (layer name, weights quantised) after each layer.
         **options: the other fields of `QuantizeOptions`.
 
@@ -298,25 +371,64 @@ def quantize_model(
 
     Raises:
         FormatError: as `plan_model` and `quantize_weight`; layers done so far stay quantised.
-        UnsupportedProblemError: as `plan_model`, or the model itself is an `nn.Linear`.
+        CalibrationError: `calibration` is missing or does not fit the model, or the model gives
+            NaN.
+        UnsupportedProblemError: as `plan_model`, the model itself is an `nn.Linear`, or a layer to
+            be calibrated is in no decoder block.
     """
     request = QuantizeOptions(num_bits, group_size, **options)
+    check_calibration(request.method, calibration)
     if isinstance(model, nn.Linear):
         raise UnsupportedProblemError(
             "`model` is an nn.Linear, which cannot be replaced in place. Use "
             "`LutLinear.from_quantized(flute.quantize(linear.weight), linear.bias)`."
         )
     plan = plan_model(model, request)
-    for name, (N, K) in plan.shapes.items():
+    for name, weight in _quantized_layers(model, plan, request.table, calibration):
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear), f"{name} was planned as nn.Linear"
-        weight = quantize_weight(linear.weight.data, name, plan.config, request.table)
         layer = LutLinear.from_quantized(weight, linear.bias)
         layer.train(linear.training)
         model.set_submodule(name, layer)
         if progress:
-            progress(name, N * K)
+            progress(name, linear.in_features * linear.out_features)
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_dict"):  # for save_pretrained to record
         config.quantization_config = plan.config.to_dict()
     return plan
+
+
+def check_calibration(method: str, calibration: object) -> None:
+    """Check that a method which needs calibration has it, and that no other is given any.
+
+    Raises:
+        CalibrationError: it is not so.
+    """
+    if method in CALIBRATED and calibration is None:
+        raise CalibrationError(
+            f"method={method!r} needs calibration text: give `calibration` (`--calibration`)."
+        )
+    if method not in CALIBRATED and calibration is not None:
+        raise CalibrationError(
+            f"method={method!r} uses no calibration text: drop it, or use one of {CALIBRATED}."
+        )
+
+
+def _quantized_layers(
+    model: nn.Module, plan: ModelPlan, table: TableLike | None, calibration: Tensor | None
+) -> Iterator[tuple[str, QuantizedWeight]]:
+    """Yield each planned layer, quantised, in an order that the method can work in."""
+    if calibration is None:
+        for name in plan.shapes:
+            dense = model.get_parameter(f"{name}.weight").data
+            yield name, quantize_weight(dense, name, plan.config, table)
+        return
+    walk = BlockWalk(model, list(plan.shapes), calibration)
+    for block in walk.blocks:
+        hessians = walk.hessians(block)
+        weights = {name: model.get_parameter(f"{name}.weight").data for name in block.layers}
+        quantized = quantize_block(weights, hessians, plan.config, table)
+        for name, weight in quantized.items():
+            weights[name].copy_(dequantize(weight, weights[name].dtype))
+        walk.advance(block)
+        yield from quantized.items()

@@ -9,24 +9,39 @@ a block, not a model, whatever the model's size.
 from __future__ import annotations
 
 import json
-import re
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flute.checkpoint import CheckpointReader
+from flute.architecture import match_names, meta_model, missing_parameters
+from flute.checkpoint import CheckpointReader, tensor_bytes
 from flute.errors import CheckpointError, FormatError, UnsupportedProblemError
 from flute.format import SCALE_DTYPES, CheckpointConfig, QuantSpec
+from flute.layerwise import CheckpointWalk
 from flute.methods import check_finite
-from flute.model import ModelPlan, QuantizeOptions, plan_model, quantize_weight
+from flute.model import (
+    ModelPlan,
+    QuantizeOptions,
+    check_calibration,
+    plan_model,
+    quantize_weight,
+)
 from flute.pack import pack_codes
 from flute.tables import get_table
 from flute.version import __version__
-from flute.writer import OutputTensor, Progress, Unit, read_side_files, write_checkpoint
+from flute.writer import (
+    OutputTensor,
+    Progress,
+    Unit,
+    read_side_files,
+    staging_folder,
+    write_checkpoint,
+)
 
 _BLOCK_WEIGHTS = 1 << 21
 """Weights quantised at a time: blocks below 32 MB are reused by the allocator, not returned."""
@@ -53,6 +68,7 @@ def quantize_checkpoint(
     destination: str | Path,
     options: QuantizeOptions | None = None,
     *,
+    calibration: Tensor | None = None,
     overwrite: bool = False,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
@@ -60,13 +76,16 @@ def quantize_checkpoint(
 ) -> CheckpointPlan:
     """Quantise a checkpoint on disk into a new folder.
 
-    Peak memory is a few blocks of rows, on the CPU or the GPU. A run that was killed goes on where
-    it stopped when repeated, and ends byte for byte as if it had not been.
+    Peak memory is a few blocks of rows, on the CPU or the GPU; with calibration the embedding or
+    one decoder block, its layers' Hessians and the windows' hidden states. A run that was killed
+    goes on where it stopped when repeated, and ends byte for byte as if it had not been.
 
     Args:
         source: a folder with config.json and safetensors, or the name of a model on the Hub.
         destination: the folder to create.
         options: bits, groups, method, table; the defaults of `QuantizeOptions` if None.
+        calibration: for "gptq" and "lnq": token ids of training text, int64, shape (samples,
+            sequence), from `flute.calibration.sample_windows`.
         overwrite: replace a folder that exists.
         device: where to quantise: "cpu", "cuda", "cuda:1", ...
         progress: told about finished tensors.
@@ -78,21 +97,30 @@ def quantize_checkpoint(
     Raises:
         CheckpointError: the source cannot be read, or the destination not written.
         FormatError: NaN or Inf in a tensor, a dtype or shape that cannot be quantised; it is named.
+        CalibrationError: calibration that is missing or does not fit the model, NaN or Inf in the
+            inputs of a layer, out of memory; finished layers are kept.
         UnsupportedProblemError: an unknown architecture, or a checkpoint quantised already.
     """
     options = options or QuantizeOptions()
+    check_calibration(options.method, calibration)
     plan = plan_checkpoint(find_source(source, revision), options)
     reader, config = plan.reader, plan.model_plan.config
     check_apart(reader.directory, destination)
+    place, walk, job = torch.device(device), None, {}
+    if calibration is not None:
+        staging = staging_folder(destination)
+        layers, model_plan = plan.layers, plan.model_plan
+        walk = CheckpointWalk(reader, model_plan, layers, options, calibration, place, staging)
+        job = {"calibration": f"{zlib.crc32(tensor_bytes(calibration)):08x}"}
     side_files = read_side_files(reader.directory) | {
         "config.json": model_config_json(reader.config, config),
         "README.md": model_card(str(source), config, len(plan.layers)).encode(),
     }
     write_checkpoint(
         destination,
-        [_unit(plan, name, options, torch.device(device)) for name in reader.names],
+        [_unit(plan, name, options, place, walk) for name in _in_order(plan, walk)],
         side_files,
-        {**fingerprint(reader), "config": config.to_dict(), "table": _table_values(options)},
+        {**fingerprint(reader), "config": config.to_dict(), "table": _table_values(options), **job},
         overwrite=overwrite,
         progress=progress,
     )
@@ -140,7 +168,7 @@ def plan_checkpoint(directory: Path, options: QuantizeOptions) -> CheckpointPlan
     modules = match_names(model, reader.names)
     layers = {name: module for name, module in modules.items() if module in plan.shapes}
     missing = {f"{module}.weight" for module in set(plan.shapes) - set(layers.values())}
-    missing |= _missing_parameters(model, reader.names)
+    missing |= missing_parameters(model, reader.names)
     if missing:
         raise CheckpointError(
             f"{len(missing)} parameters of {type(model).__name__} are not in `{directory}`, such "
@@ -165,81 +193,21 @@ def plan_checkpoint(directory: Path, options: QuantizeOptions) -> CheckpointPlan
     return CheckpointPlan(reader, plan, layers)
 
 
-def meta_model(directory: Path, config: Mapping[str, Any]) -> nn.Module:
-    """Return the checkpoint's model without weights, from transformers.
-
-    Raises:
-        UnsupportedProblemError: no such architecture there.
-    """
-    import transformers
-
-    kind, names = config.get("model_type"), config.get("architectures") or []
-    known = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
-    try:
-        parsed = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        with torch.device("meta"):
-            if known:
-                model: nn.Module = known[0](parsed)
-            else:
-                model = transformers.AutoModelForCausalLM.from_config(
-                    parsed, trust_remote_code=False
-                )
-    except Exception as error:
-        raise UnsupportedProblemError(
-            f"transformers {transformers.__version__} cannot build model_type {kind!r}, "
-            f"architectures {names}: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. Upgrade "
-            "transformers, or quantise the loaded model with `flute.quantize_model`."
-        ) from error
-    return model
+def _in_order(plan: CheckpointPlan, walk: CheckpointWalk | None) -> list[str]:
+    """Return the tensors on disk; if layers are calibrated, these last, block by block."""
+    if walk is None:
+        return plan.reader.names
+    blocks = walk.block_of
+    return sorted(plan.reader.names, key=lambda name: blocks.get(plan.layers.get(name, ""), -1))
 
 
-def match_names(model: nn.Module, names: list[str]) -> dict[str, str]:
-    """Return weight tensor on disk -> linear layer, renamed as transformers does when it loads.
-
-    Args:
-        model: on any device, "meta" suffices.
-        names: of all tensors on disk.
-    """
-    modules = dict(model.named_modules())
-    keys, _ = _model_keys(model, names)
-    return {
-        name: key.removesuffix(".weight")
-        for name, key in keys.items()
-        if key.endswith(".weight")
-        and isinstance(modules.get(key.removesuffix(".weight")), nn.Linear)
-    }
-
-
-def _model_keys(model: nn.Module, names: list[str]) -> tuple[dict[str, str], bool]:
-    """Tensor on disk -> key in the model's state, and whether some are merged or split besides."""
-    from transformers import conversion_mapping, core_model_loading
-
-    state = model.state_dict()
-    transforms = conversion_mapping.get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, core_model_loading.WeightRenaming)]
-    prefix = getattr(model, "base_model_prefix", None)
-    keys = {name: name for name in names}
-    for name in names:
-        if name not in state:
-            keys[name], _ = core_model_loading.rename_source_key(name, renamings, [], prefix, state)
-    return keys, len(renamings) < len(transforms)
-
-
-def _missing_parameters(model: nn.Module, names: list[str]) -> set[str]:
-    """Parameters that no tensor on disk fills, by any name; none are named if some are merged."""
-    keys, are_merged = _model_keys(model, names)
-    by_parameter: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        by_parameter.setdefault(id(parameter), []).append(name)
-    loaded = set(keys.values())
-    absent = {aliases[0] for aliases in by_parameter.values() if loaded.isdisjoint(aliases)}
-    optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
-    absent = {name for name in absent if not any(re.search(key, name) for key in optional)}
-    return set() if are_merged else absent
-
-
-def _unit(plan: CheckpointPlan, name: str, options: QuantizeOptions, device: torch.device) -> Unit:
+def _unit(
+    plan: CheckpointPlan,
+    name: str,
+    options: QuantizeOptions,
+    device: torch.device,
+    walk: CheckpointWalk | None,
+) -> Unit:
     reader, config = plan.reader, plan.model_plan.config
     if name not in plan.layers:
         output = OutputTensor(name, reader.dtype(name), reader.shape(name))
@@ -250,7 +218,11 @@ def _unit(plan: CheckpointPlan, name: str, options: QuantizeOptions, device: tor
     return Unit(
         layer,
         output_tensors(layer, N, K, config.spec_of(module), config),
-        lambda: _quantize_rows(reader, name, module, config, options, device),
+        lambda: (
+            _quantize_rows(reader, name, module, config, options, device)
+            if walk is None
+            else _calibrated(walk, layer, module)
+        ),
         N * K,
     )
 
@@ -312,6 +284,13 @@ def _quantize_rows(
         yield f"{layer}.scales", weight.scales
         if start == 0 or config.table_scope == "row":
             yield f"{layer}.table", weight.table
+
+
+def _calibrated(walk: CheckpointWalk, layer: str, module: str) -> Iterator[tuple[str, Tensor]]:
+    weight = walk.quantized(module)
+    yield f"{layer}.codes", pack_codes(weight.codes, weight.spec.num_bits)
+    yield f"{layer}.scales", weight.scales
+    yield f"{layer}.table", weight.table
 
 
 def check_apart(source: Path, destination: str | Path) -> None:

@@ -36,8 +36,7 @@ from flute.errors import CheckpointError, FormatError
 MAX_SHARD_BYTES = 5 * 10**9
 JOB_NAME = ".flute-job"
 """Holds the fingerprint of the job that wrote a folder, so that running it again is recognised."""
-_JOURNAL = ".flute-journal"
-_LOCK = ".flute-lock"
+_JOURNAL, _LOCK = ".flute-journal", ".flute-lock"
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def write_checkpoint(
     progress: Progress | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Write a checkpoint folder, resuming an interrupted run of the same job.
+    """Write a checkpoint folder, resuming an interrupted run of the same job; return the folder.
 
     Args:
         destination: the folder to create; it must not exist, or be empty, unless ``overwrite``.
@@ -104,9 +103,6 @@ def write_checkpoint(
             stays until the new one is complete.
         progress: told about finished units.
         max_shard_bytes: start a new file beyond this size.
-
-    Returns:
-        The folder.
 
     Raises:
         CheckpointError: the folder is occupied, another process writes it, the interrupted run was
@@ -122,7 +118,7 @@ def write_checkpoint(
             raise _occupied(destination)
         _tidy(destination)
         return destination
-    partial = destination.with_name(destination.name + ".partial")
+    partial = staging_folder(destination)
     with _locked(partial), _explain_full_disk(partial):
         finished = _resume(partial, job, units, shards, drop_others=overwrite)
         if not finished:
@@ -138,6 +134,12 @@ def write_checkpoint(
         _write_side_files(partial, side_files, shards, finished, job)
         _publish(partial, destination, overwrite)
     return destination
+
+
+def staging_folder(destination: str | Path) -> Path:
+    """Return the folder in which a checkpoint lies until it is complete."""
+    folder = Path(destination).resolve()
+    return folder.with_name(folder.name + ".partial")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 import flute
 from flute.errors import FormatError
 from flute.format import QuantSpec
-from flute.methods import METHODS, check_finite, mse, quantize, resolve_table
+from flute.methods import CALIBRATED, METHODS, check_finite, mse, quantize, resolve_table
 from flute.methods.nearest import midpoints, nearest_codes
 from flute.tables import get_table
 
@@ -499,7 +499,7 @@ def test_bad_weights_are_named(method, weight, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "gptq9"}, f"`method` is 'gptq9'; expected one of {tuple(METHODS)}."),
+        ({"method": "gptq9"}, f"`method` is 'gptq9'; expected one of {(*METHODS, *CALIBRATED)}."),
         ({"method": "int", "table": "nf"}, "method='int' always uses the int table; drop `table`"),
         ({"method": "nf", "table": [0.0] * 16}, "method='nf' always uses the nf table"),
         ({"method": "table"}, "method='table' needs `table`: a name, a list, a tensor or a file"),

@@ -17,7 +17,7 @@ import flute
 from flute.errors import FormatError, UnsupportedProblemError
 from flute.format import CheckpointConfig, QuantSpec
 from flute.linear import LutLinear
-from flute.methods import METHODS, quantize
+from flute.methods import CALIBRATED, METHODS, quantize
 from flute.model import (
     QuantizeOptions,
     empty_lut_linear,
@@ -308,7 +308,7 @@ def test_the_name_of_the_table(arguments, expected):
     [
         ({"num_bits": 6}, "`num_bits` is 6"),
         ({"group_size": 100}, "`group_size` is 100"),
-        ({"method": "magic"}, f"`method` is 'magic'; expected one of {tuple(METHODS)}."),
+        ({"method": "magic"}, f"`method` is 'magic'; expected one of {(*METHODS, *CALIBRATED)}."),
         ({"table": "nf3"}, "`table` is 'nf3'; expected one of"),
         ({"table": [1.0, 2.0]}, "`table` has shape (1, 2); expected 16 entries"),
         ({"method": "table"}, "method='table' needs `table`"),

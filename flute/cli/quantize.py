@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from flute.calibration import SAMPLES, SEQUENCE
 from flute.console import (
     Bar,
     add_device,
@@ -17,10 +18,15 @@ from flute.console import (
     show_warnings_plainly,
 )
 from flute.format import NUM_BITS, SCALE_DTYPES, WHOLE_ROW
-from flute.methods import METHODS
+from flute.methods import CALIBRATED, METHODS, TABLE_SCOPES
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _EPILOG = """\
 The default needs no data: for each group of weights it searches the scale of least squared error.
+gptq and lnq read a calibration text and lose less, most at 3 and 2 bits; lnq takes longest. They
+hold one decoder block in memory. Calibrate on text like that of use, never on the test text.
 Memory stays bounded by a few blocks of rows, whatever the model's size. A run that was killed goes
 on where it stopped when the same command is repeated. OUT appears only when complete (until then:
 OUT.partial).
@@ -30,6 +36,8 @@ examples:
   flute quantize MODEL OUT --bits 3 --group-size 128
   flute quantize MODEL OUT --method nf                 NormalFloat with absmax scales (as in QLoRA)
   flute quantize MODEL OUT --table my-table.json       any 16 numbers of yours
+  flute quantize MODEL OUT --bits 3 --method gptq --calibration my-text.txt
+  flute quantize MODEL OUT --bits 2 --method lnq --calibration texts/ --table-scope row
   flute quantize MODEL OUT --skip '*.layers.0.*'       leave some layers dense
 """
 
@@ -60,14 +68,41 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--method",
-        choices=list(METHODS),
+        choices=[*METHODS, *CALIBRATED],
         default="mse",
-        help="mse: searched scales (default); nf, int, fp, table: absmax scales",
+        help="mse: searched scales (default); nf, int, fp, table: absmax scales; gptq, lnq: error "
+        "feedback and exact updates, with --calibration",
     )
     parser.add_argument(
         "--table",
         help="int, fp, nf, or a .json, .txt, .npy or .safetensors file of 2**bits numbers "
-        "(default: nf)",
+        "(default: nf; gptq and lnq fit one to each layer)",
+    )
+    parser.add_argument(
+        "--table-scope",
+        choices=TABLE_SCOPES,
+        default="tensor",
+        help="lnq: learn a table per layer (tensor, default) or per output row",
+    )
+    calibration = parser.add_argument_group("calibration, for gptq and lnq")
+    calibration.add_argument(
+        "--calibration",
+        metavar="TEXT",
+        help="a text file, .json or .jsonl (of strings or objects with a text), .xz of these, or a "
+        "folder of them",
+    )
+    calibration.add_argument(
+        "--samples", type=int, default=SAMPLES, metavar="N", help=f"windows (default {SAMPLES})"
+    )
+    calibration.add_argument(
+        "--sequence",
+        type=int,
+        default=SEQUENCE,
+        metavar="N",
+        help=f"tokens per window (default {SEQUENCE}); fewer take less memory",
+    )
+    calibration.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="which pieces of the text (default 0)"
     )
     parser.add_argument(
         "--scale-dtype", choices=list(SCALE_DTYPES), help="default: the model's own 16-bit dtype"
@@ -90,22 +125,40 @@ def _group_size(text: str) -> int:
     return WHOLE_ROW if text == "row" else int(text)
 
 
+def _windows(args: argparse.Namespace) -> Tensor:
+    """Token ids of the calibration text."""
+    from flute.calibration import read_documents, sample_windows
+    from flute.cli.loading import load_tokenizer
+
+    documents = read_documents(args.calibration)
+    tokenizer = load_tokenizer(args.model)
+    return sample_windows(documents, tokenizer, args.samples, args.sequence, args.seed)
+
+
 def run(args: argparse.Namespace) -> int:
     """Quantise, and print what was done."""
     from flute.checkpoint import CheckpointReader
-    from flute.model import QuantizeOptions
+    from flute.model import QuantizeOptions, check_calibration
     from flute.stream import quantize_checkpoint
 
     show_warnings_plainly()
     options = QuantizeOptions(
-        args.bits, args.group_size, args.method, args.table, args.scale_dtype, args.skip
+        args.bits,
+        args.group_size,
+        args.method,
+        args.table,
+        args.scale_dtype,
+        args.skip,
+        args.table_scope,
     )
+    check_calibration(args.method, args.calibration)
     start = time.perf_counter()
     with Bar("quantising", "weights") as bar:
         plan = quantize_checkpoint(
             args.model,
             args.out,
             options,
+            calibration=_windows(args) if args.calibration else None,
             overwrite=args.overwrite,
             device=pick_device(args.device),
             progress=bar,

@@ -271,11 +271,11 @@ def _weights_of_model(args: argparse.Namespace) -> dict[Problem, None]:
     """Distinct linear layers of a model, by its config.json alone."""
     from torch import nn
 
+    from flute.architecture import meta_model
     from flute.checkpoint import read_json
     from flute.config import Problem
     from flute.format import CheckpointConfig
     from flute.model import QuantizeOptions, plan_model
-    from flute.stream import meta_model
 
     folder = _folder_of(args.model)
     content = read_json(folder / "config.json")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from flute.architecture import match_names, meta_model
 from flute.checkpoint import CheckpointReader
 from flute.errors import CheckpointError, FormatError, UnsupportedProblemError
 from flute.format import CheckpointConfig
@@ -26,8 +27,6 @@ from flute.stream import (
     copy_rows,
     find_source,
     fingerprint,
-    match_names,
-    meta_model,
     model_card,
     model_config_json,
     output_tensors,

@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flute.errors import FormatError
 from flute.format import CheckpointConfig
+from flute.methods import CALIBRATED
 from flute.model import QuantizeOptions
 from flute.tables import TableLike, get_table
 
@@ -66,6 +67,11 @@ class FluteConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise FormatError(
                 f"`modules_to_not_convert` is {modules_to_not_convert!r}; expected a list of "
                 f"patterns: [{modules_to_not_convert!r}]."
+            )
+        if method in CALIBRATED:
+            raise FormatError(
+                f"method={method!r} needs calibration text, which a model that is being loaded has "
+                "not: use `flute quantize --calibration`, or `flute.quantize_model` afterwards."
             )
         self.quant_method = "flute"
         options = QuantizeOptions(

@@ -1,7 +1,8 @@
 """Quantisation methods: weight -> codes, scales, table. METHODS maps a name to a function.
 
-Each method has the signature ``quantize(weight, spec, table, scale_dtype) -> QuantizedWeight`` and
-works row by row, so a matrix may be quantised in blocks of rows.
+Each has the signature ``quantize(weight, spec, table, scale_dtype) -> QuantizedWeight`` and works
+row by row, so a matrix may be quantised in blocks of rows. Methods that need calibration are in
+CALIBRATED: they take the Hessian of the layer's inputs after the weight, and the whole matrix.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from flute.errors import FormatError
 from flute.format import SCALE_DTYPES, QuantizedWeight, QuantSpec, check_table
-from flute.methods import absmax, mse
+from flute.methods import absmax, gptq, lnq, mse
 from flute.tables import TABLES, TableLike, get_table
 
 Method = Callable[[Tensor, QuantSpec, Tensor, torch.dtype], QuantizedWeight]
@@ -29,14 +30,21 @@ METHODS: dict[str, Method] = {
 and "fp" are absmax rounding to that family, "table" to a table of yours."""
 
 
+CALIBRATED = ("gptq", "lnq")
+"""Methods that need the Hessian of a layer's inputs: error feedback, and alternating exact updates.
+Without a table of the user's they fit one to the weight."""
+
+TABLE_SCOPES = ("tensor", "row")
+
+
 def resolve_table(method: str, table: TableLike | None, num_bits: int) -> Tensor:
     """Return the table a method uses when the user named ``table`` (None: the method's own).
 
     Raises:
         FormatError: an unknown method, a table that contradicts it, or none for "table".
     """
-    if method not in METHODS:
-        raise FormatError(f"`method` is {method!r}; expected one of {tuple(METHODS)}.")
+    if method not in (*METHODS, *CALIBRATED):
+        raise FormatError(f"`method` is {method!r}; expected one of {(*METHODS, *CALIBRATED)}.")
     if method in TABLES:
         if table is not None and not (
             isinstance(table, str) and table.removesuffix(str(num_bits)) == method
@@ -62,6 +70,8 @@ def quantize(
     method: str = "mse",
     table: TableLike | None = None,
     scale_dtype: torch.dtype = torch.bfloat16,
+    hessian: Tensor | None = None,
+    table_scope: str = "tensor",
 ) -> QuantizedWeight:
     """Quantise one matrix.
 
@@ -74,25 +84,89 @@ def quantize(
         group_size: weights per scale: 32, 64, 128, 256, or -1 for the whole row. Smaller is more
             accurate and costs 16 / group_size bits per weight.
         method: "mse" (scales of least squared error, the default) or "nf", "int", "fp", "table"
-            (absmax scales, rounded to that table).
+            (absmax scales, rounded to that table); with ``hessian`` "gptq" or "lnq".
         table: a name, list, tensor or file of ``2**num_bits`` numbers, or N rows of them; by
-            default the method's own ("nf" for "mse").
+            default the method's own ("nf" for "mse"; "gptq" and "lnq" fit one). "lnq" only starts
+            from it.
         scale_dtype: dtype of the stored scales: fp16, bf16 or fp32.
+        hessian: for "gptq" and "lnq": sum of x x' over inputs of the layer, shape (K, K).
+        table_scope: "tensor", or with "lnq" also "row": learn a table for each row.
 
     Returns:
         The quantised matrix, on the device of ``weight``.
 
     Raises:
-        FormatError: a wrong dtype or shape, NaN or Inf, K not a multiple of the group, a bad table.
+        FormatError: a wrong dtype or shape, NaN or Inf, K not a multiple of the group, a bad table,
+            a Hessian that the method needs and is not given, or cannot use.
     """
     spec = QuantSpec(num_bits, group_size)
+    check_table_scope(method, table_scope)
     check_weight(weight, "weight")
     spec.group_length(weight.shape[1])
     entries = resolve_table(method, table, num_bits).to(weight.device)
     check_table(entries, weight.shape[0], spec)
     if scale_dtype not in SCALE_DTYPES.values():
         raise FormatError(f"`scale_dtype` is {scale_dtype}; expected float16, bfloat16 or float32.")
-    return METHODS[method](weight.detach().float().contiguous(), spec, entries, scale_dtype)
+    dense = weight.detach().float().contiguous()
+    if method not in CALIBRATED:
+        if hessian is not None:
+            raise FormatError(
+                f"method={method!r} uses no `hessian`: drop it, or use one of {CALIBRATED}."
+            )
+        return METHODS[method](dense, spec, entries, scale_dtype)
+    if hessian is None:
+        raise FormatError(
+            f"method={method!r} needs `hessian`: the sum of x x' over inputs, (K, K)."
+        )
+    given = None if table is None else entries
+    per_row = table_scope == "row"
+    return quantize_calibrated(
+        dense, hessian.to(dense.device), spec, given, scale_dtype, method=method, per_row=per_row
+    )
+
+
+def quantize_calibrated(
+    weight: Tensor,
+    hessian: Tensor,
+    spec: QuantSpec,
+    table: Tensor | None,
+    scale_dtype: torch.dtype,
+    *,
+    method: str,
+    per_row: bool = False,
+) -> QuantizedWeight:
+    """Quantise one matrix by a method in CALIBRATED.
+
+    Args:
+        weight: fp32, finite, shape (N, K).
+        hessian: sum of x x' over inputs of the layer, shape (K, K), on the same device.
+        spec: bits and group size; K is a multiple of the group.
+        table: fp32, shape (1 | N, 2**num_bits); None fits one.
+        scale_dtype: dtype of the scales.
+        method: "gptq" or "lnq".
+        per_row: "lnq" learns a table for each row.
+
+    Raises:
+        FormatError: a Hessian of another shape, with NaN or Inf, or that cannot be factored.
+    """
+    if method == "lnq":
+        return lnq.quantize(weight, hessian, spec, table, scale_dtype, per_row=per_row)
+    return gptq.quantize(weight, hessian, spec, table, scale_dtype)
+
+
+def check_table_scope(method: str, table_scope: str) -> None:
+    """Check that a method can learn tables of this scope.
+
+    Raises:
+        FormatError: an unknown scope, or tables per row by a method other than "lnq".
+    """
+    if table_scope not in TABLE_SCOPES:
+        raise FormatError(f"`table_scope` is {table_scope!r}; expected one of {TABLE_SCOPES}.")
+    if table_scope == "row" and method != "lnq":
+        raise FormatError(
+            f"`table_scope` is 'row'; only 'lnq' learns a table per row, and `method` is "
+            f"{method!r}. Other methods take such tables as `table`."
+        )
 
 
 def check_weight(weight: Tensor, name: str, first_row: int = 0) -> None:

@@ -55,20 +55,33 @@ def quantize(
     Reference: the search over shrunk scales is that of Nagel et al. 2021, arXiv 2106.08295, section
     3.1; the signed scale follows Blumenberg et al. 2025, arXiv 2505.06653 (BOF4-S).
     """
+    stored = storable_scales(group_scales(weight, table, spec), scale_dtype)
+    groups = weight.view(*stored.shape, -1)
+    return QuantizedWeight(round_to_table(groups, stored, table), stored, table, spec)
+
+
+def group_scales(weight: Tensor, table: Tensor, spec: QuantSpec) -> Tensor:
+    """Return the scale of least squared error of each group, signed and not yet rounded.
+
+    Args:
+        weight: fp32, shape (N, K).
+        table: fp32, shape (1 | N, 2**num_bits), in any order.
+        spec: bits and group size; K is a multiple of the group.
+
+    Returns:
+        fp32, shape (N, groups).
+    """
     N, K = weight.shape
     length = spec.group_length(K)
     rows = max(1, _BLOCK.get(weight.device.type, 1 << 22) // K)
 
     def search(start: int) -> Tensor:
-        groups = weight[start : start + rows].view(-1, length)
+        groups = weight[start : start + rows].reshape(-1, length)
         entries = _table_per_group(table, start, rows, K // length)
         return search_scales(groups, entries, _RATIOS[spec.num_bits])
 
     scales = torch.cat(_map_blocks(search, range(0, N, rows), weight.device))
-    stored = storable_scales(scales.view(N, K // length), scale_dtype)
-    return QuantizedWeight(
-        round_to_table(weight.view(N, -1, length), stored, table), stored, table, spec
-    )
+    return scales.view(N, K // length)
 
 
 def _map_blocks(

@@ -1,0 +1,68 @@
+"""The table of least squared error for one matrix: alternate codes, scales and entries.
+
+With importances h per column, groups w and entries c = table[codes] of their codes:
+
+    codes = nearest(w / s, table),  s = <h w, c> / <h c, c>,
+    table[i] = sum h s w / sum h s^2 over the weights with code i
+
+Each step lowers sum h (w - s c)^2; it is Lloyd's algorithm with a scale per group.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flute.format import QuantSpec
+from flute.methods.absmax import round_to_table
+from flute.methods.mse import group_scales
+
+_ROUNDS = 20
+"""Gaussian weights, group 64, nf's start: the error falls by less than 0.2 % after these."""
+_SAMPLE = 1 << 18
+"""Weights that the table is fitted to; of larger matrices, rows at even distances."""
+
+
+def fit_table(
+    weight: Tensor, spec: QuantSpec, start: Tensor, importance: Tensor | None = None
+) -> Tensor:
+    """Return the table, ascending and with a largest magnitude of 1, that fits a matrix best.
+
+    Args:
+        weight: fp32, shape (N, K).
+        spec: bits and group size; K is a multiple of the group.
+        start: fp32, shape (1, 2**num_bits).
+        importance: fp32, shape (K,): how much an error in each column counts; None: all alike.
+
+    Returns:
+        fp32, shape (1, 2**num_bits). An entry that no weight takes stays where it is.
+
+    Reference: Lloyd 1982 for a fixed scale; Blumenberg et al. 2025, arXiv 2505.06653, for blocks.
+    """
+    N, K = weight.shape
+    rows = torch.arange(0, N, max(1, N * K // _SAMPLE), device=weight.device)
+    length = spec.group_length(K)
+    groups = weight[rows].view(len(rows), -1, length)
+    h = torch.ones(K, dtype=weight.dtype, device=weight.device)
+    if importance is not None and float(importance.max()) > 0:
+        h = importance / importance.mean()
+    h = h.view(1, -1, length).expand_as(groups)
+    table = start.sort(dim=1)[0]
+    table = table / table.abs().max()
+    scales = group_scales(groups.flatten(1), table, spec)
+    for _ in range(_ROUNDS):
+        ranks = round_to_table(groups, scales, table).view(groups.shape)
+        values = table[0][ranks.int()]
+        norms = (h * values * values).sum(2)
+        scales = torch.where(norms > 0, (h * groups * values).sum(2) / norms, scales)
+        s = scales.unsqueeze(2)
+        above, below = h * s * groups, (h * s * s).expand_as(groups)
+        entries = []
+        for i in range(table.shape[1]):  # not `bincount`: on a GPU its sums differ from run to run
+            taken = ranks == i
+            mass = (below * taken).sum()
+            entries.append(torch.where(mass > 0, (above * taken).sum() / mass, table[0, i]))
+        table = torch.stack(entries).sort()[0].unsqueeze(0)
+        reach = table.abs().max()
+        table, scales = table / reach, scales * reach
+    return table

@@ -1,0 +1,121 @@
+"""GPTQ with any table: each column's rounding error is made up for by the columns after it.
+
+H is the damped Hessian of the layer's inputs and U the upper Cholesky factor of its inverse. Column
+by column, j = 0 .. K - 1:
+
+    q_j = table[nearest(w_j / s)] * s,   e = (w_j - q_j) / U_jj,   w_k -= e U_jk  for k > j
+
+so that what is still to be rounded absorbs the error as well as H allows. A group's scale is found
+when its first column is reached, for the weights as they have become by then.
+
+    columns   |-------- block --------|------- the rest ------->
+              errors act at once        errors act when the block is done: one matrix product
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flute.format import WHOLE_ROW, QuantizedWeight, QuantSpec
+from flute.methods.absmax import storable_scales
+from flute.methods.fit import fit_table
+from flute.methods.hessian import DAMPING, check_hessian, factored
+from flute.methods.mse import group_scales
+from flute.methods.nearest import midpoints
+from flute.tables import get_table
+
+_BLOCK = 128
+"""Columns whose errors act at once. Each group size divides it or is a multiple, so that a group's
+weights are all up to date when its scale is sought."""
+
+
+def quantize(
+    weight: Tensor,
+    hessian: Tensor,
+    spec: QuantSpec,
+    table: Tensor | None,
+    scale_dtype: torch.dtype,
+    *,
+    damping: float = DAMPING,
+    reorder: bool = True,
+) -> QuantizedWeight:
+    """Quantise by error feedback, with scales of least squared error.
+
+    Args:
+        weight: fp32, finite, shape (N, K); on the CPU or a GPU.
+        hessian: sum (or mean) of x x' over calibration inputs, shape (K, K), on the same device.
+        spec: bits and group size; K is a multiple of the group.
+        table: fp32, shape (1 | N, 2**num_bits); None fits one to this weight (`fit_table`).
+        scale_dtype: dtype of the scales; codes are chosen for the scale as stored.
+        damping: added to the Hessian's diagonal, as a share of its mean.
+        reorder: round the groups of the most active columns first, and within each group its most
+            active columns. Groups stay whole, so nothing of it is left in the result.
+
+    Returns:
+        The codes, scales (some of them negative) and table.
+
+    Raises:
+        FormatError: a Hessian of another shape, with NaN or Inf, or that cannot be factored.
+
+    Reference: Frantar et al. 2022, arXiv 2210.17323, algorithm 1.
+    """
+    N, K = weight.shape
+    check_hessian(hessian, K)
+    length = spec.group_length(K)
+    if table is None:
+        start = get_table("nf", spec.num_bits).to(weight.device)
+        table = fit_table(weight, spec, start, hessian.diagonal())
+    order, group_order = _column_order(hessian, length, reorder)
+    _, upper = factored(hessian[order][:, order], damping)
+    entries, code_of_rank = table.sort(dim=1, stable=True)
+    bounds = midpoints(entries)
+    rest, whole = weight[:, order], QuantSpec(spec.num_bits, WHOLE_ROW)
+    codes = torch.empty(N, K, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(N, K // length, dtype=scale_dtype, device=weight.device)
+    for first in range(0, K, _BLOCK):
+        stop = min(first + _BLOCK, K)
+        errors = torch.empty(stop - first, N, dtype=rest.dtype, device=rest.device)
+        fresh = first  # the errors of columns before it have acted on the current group
+        for j in range(first, stop):
+            if j % length == 0:
+                group = slice(j, min(j + length, stop))
+                rest[:, group] -= errors[: j - first].T @ upper[first:j, group]
+                fresh = j
+                found = group_scales(rest[:, j : j + length], entries, whole)
+                stored = storable_scales(found, scale_dtype)
+                scales[:, j // length] = stored[:, 0]
+                s = stored[:, 0].float()
+                divisor = s.masked_fill(s == 0, torch.inf)
+            column = rest[:, j] - errors[fresh - first : j - first].T @ upper[fresh:j, j]
+            ranks = ranks_of(column / divisor, bounds)
+            codes[:, order[j]] = entry_of(code_of_rank, ranks).to(torch.uint8)
+            errors[j - first] = (column - entry_of(entries, ranks) * s) / upper[j, j]
+        rest[:, stop:].addmm_(errors.T, upper[first:stop, stop:], alpha=-1)
+    scales = scales[:, group_order.argsort()]
+    return QuantizedWeight(codes, scales, table, spec)
+
+
+def ranks_of(values: Tensor, bounds: Tensor) -> Tensor:
+    """Count the bounds below each value: (N,) and ascending (1 | N, T - 1) -> int64 (N,)."""
+    if bounds.shape[0] == 1:
+        return torch.bucketize(values, bounds[0])
+    return torch.searchsorted(bounds, values.unsqueeze(1))[:, 0]
+
+
+def entry_of(entries: Tensor, ranks: Tensor) -> Tensor:
+    """Look ranks (N,) up in (1 | N, T) entries: shape (N,)."""
+    if entries.shape[0] == 1:
+        return entries[0][ranks]
+    return entries.gather(1, ranks.unsqueeze(1))[:, 0]
+
+
+def _column_order(hessian: Tensor, length: int, reorder: bool) -> tuple[Tensor, Tensor]:
+    """Return the order of columns, shape (K,), and that of groups; groups stay contiguous."""
+    activity = hessian.diagonal().view(-1, length)
+    if not reorder:
+        columns = torch.arange(activity.numel(), device=hessian.device)
+        return columns, columns[: len(activity)]
+    groups = activity.sum(1).argsort(descending=True, stable=True)
+    inner = activity.argsort(dim=1, descending=True, stable=True)
+    return (groups.unsqueeze(1) * length + inner[groups]).flatten(), groups

@@ -1,0 +1,86 @@
+"""The calibration Hessian of a linear layer, made safe to factor; shared by gptq and lnq.
+
+For inputs x of a layer, rows of X (tokens, K), the output's squared error of a quantised row q is
+
+    ||X (w - q)||^2 = (w - q) H (w - q)',   H = X' X   (K, K)
+
+Only H's direction matters, so it is scaled to a mean diagonal of 1 before it is damped.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from flute.errors import FormatError
+
+DAMPING = 0.01
+"""Added to the diagonal as a share of its mean; what GPTQ's authors use."""
+_MAX_DAMPING = 10.0
+
+
+def check_hessian(hessian: Tensor, K: int) -> None:
+    """Check a Hessian's shape and values.
+
+    Raises:
+        FormatError: not (K, K), a negative diagonal, or NaN or Inf in it.
+    """
+    if hessian.shape != (K, K):
+        raise FormatError(
+            f"`hessian` has shape {tuple(hessian.shape)}; expected (K, K) = ({K}, {K}), the sum of "
+            "x x' over calibration inputs."
+        )
+    if not all(bool(torch.isfinite(end)) for end in hessian.aminmax()):
+        raise FormatError("`hessian` holds NaN or Inf: so did the layer's calibration inputs.")
+    if bool((hessian.diagonal() < 0).any()):
+        raise FormatError("`hessian` has a negative diagonal; expected the sum of x x'.")
+
+
+def damped(hessian: Tensor, damping: float = DAMPING) -> Tensor:
+    """Return ``H / mean(diag H) + damping * I`` in fp32, shape (K, K).
+
+    A column that was never active has only the damping: it is rounded to nearest, and no other
+    column makes up for it. If none was active (an expert that no token took), all are treated so.
+    """
+    mean = hessian.diagonal().double().mean()
+    scaled = (hessian / mean).float() if float(mean) > 0 else torch.zeros_like(hessian).float()
+    scaled.diagonal().add_(damping)
+    return scaled
+
+
+def factored(hessian: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+    """Return the damped Hessian and the upper Cholesky factor U of its inverse, ``H^-1 = U' U``.
+
+    Where rounding leaves the Hessian without such a factor, the damping is raised tenfold until it
+    has one; a warning says so.
+
+    Raises:
+        FormatError: not even a damping of ten times the diagonal's mean helps.
+    """
+    used = damping
+    while used <= _MAX_DAMPING:
+        full = damped(hessian, used)
+        upper = _inverse_factor(full)
+        if upper is not None:
+            if used > damping:
+                warnings.warn(
+                    f"The Hessian is not positive definite with damping {damping:g}; raised to "
+                    f"{used:g}. More calibration text helps.",
+                    stacklevel=3,
+                )
+            return full, upper
+        used = max(10 * used, 1e-4)
+    raise FormatError(
+        f"`hessian` is not positive definite, even with damping {_MAX_DAMPING:g}; expected the sum "
+        "of x x' over calibration inputs."
+    )
+
+
+def _inverse_factor(full: Tensor) -> Tensor | None:
+    lower, failed = torch.linalg.cholesky_ex(full)
+    if bool(failed):
+        return None
+    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return None if bool(failed) or not bool(torch.isfinite(upper).all()) else upper
