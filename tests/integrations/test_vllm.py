@@ -348,10 +348,18 @@ def transformers_tokens(folder):
     return tokens
 
 
-@pytest.mark.parametrize(("num_bits", "eager"), [(4, True), (3, False)])
-def test_greedy_text_is_that_of_transformers(quantised, tmp_path, num_bits, eager):
+@pytest.mark.parametrize(
+    ("num_bits", "options"),
+    [
+        (4, {"enforce_eager": True}),
+        (3, {}),
+        (4, {"enforce_eager": True, "tensor_parallel_size": 2}),
+    ],
+    ids=["eager", "compiled", "two ranks"],
+)
+def test_greedy_text_is_that_of_transformers(quantised, tmp_path, num_bits, options):
     """In float32: in bfloat16 the two round differently, and one of the texts has a near tie."""
-    served = serve(quantised[num_bits], tmp_path, enforce_eager=eager, dtype="float32")
+    served = serve(quantised[num_bits], tmp_path, dtype="float32", **options)
     assert served == transformers_tokens(quantised[num_bits])
 
 
