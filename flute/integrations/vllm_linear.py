@@ -1,0 +1,317 @@
+"""vLLM's linear layers, quantised. Importing it imports vLLM and registers the method `flute`.
+
+    config.json -> FluteQuantizationConfig -> per linear layer a FluteLinearMethod
+
+    create_weights    parameters as on disk, cut for this rank:  codes, scales, table
+    (loading)         vLLM's loaders slice each tensor of the checkpoint into them
+    process_weights   merged parts keep their tables, by range of rows; on a GPU: kernel order
+    apply             one `flute::lut_gemm`, opaque to torch.compile, recorded by CUDA graphs
+
+What is no linear layer (embeddings, output head, MoE experts) is vLLM's own and dense.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    QKVParallelLinear,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.parameter import (
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    ModelWeightParameter,
+    PerTensorScaleParameter,
+)
+
+from flute.concat import concat_weights
+from flute.device import warn_slow, why_not
+from flute.errors import CheckpointError, FormatError, UnsupportedProblemError
+from flute.format import (
+    SCALE_DTYPES,
+    TENSOR_NAMES,
+    WHOLE_ROW,
+    CheckpointConfig,
+    PackedWeight,
+    QuantSpec,
+)
+from flute.integrations.vllm_layers import cut_rows, parts_of, spec_of_parts
+from flute.kernel_order import to_kernel_order
+from flute.launchers import compile_kernels, problem_of
+from flute.ops import lut_gemm
+
+
+@register_quantization_config("flute")
+class FluteQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
+    """What config.json says under ``quantization_config``; vLLM makes one per model.
+
+    Args:
+        checkpoint: what it says. vLLM gives none if it says nothing.
+
+    Raises:
+        UnsupportedProblemError: it says nothing, so the model is dense.
+    """
+
+    def __init__(self, checkpoint: CheckpointConfig | None = None) -> None:
+        super().__init__()
+        if checkpoint is None:
+            raise UnsupportedProblemError(
+                "The model's config.json has no `quantization_config`, so it is not quantised by "
+                "FLUTE. Run `flute quantize MODEL OUT` (`flute convert` for a checkpoint of the "
+                "original FLUTE) and serve OUT."
+            )
+        self.checkpoint = checkpoint
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> FluteQuantizationConfig:
+        """Read ``quantization_config``.
+
+        Raises:
+            FormatError: a newer format version, or a value out of range.
+            UnsupportedProblemError: it asks to quantise a dense model.
+        """
+        if "format_version" not in config:
+            raise UnsupportedProblemError(
+                "`quantization_config` has no `format_version`, as that of a quantised checkpoint "
+                "has, and vLLM does not quantise while loading with this version of FLUTE. Run "
+                "`flute quantize MODEL OUT` and serve OUT."
+            )
+        return cls(CheckpointConfig.from_dict(config))
+
+    def get_name(self) -> str:
+        """Return the name of the method."""
+        return "flute"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Return the dtypes of activations; float32 takes no kernels."""
+        return [torch.float16, torch.bfloat16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Return the oldest compute capability that the kernels compile for."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Return none: config.json says it all."""
+        return []
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Rename the layers that the config names as vLLM renames the model's."""
+        config, rename = self.checkpoint, hf_to_vllm_mapper.apply_list
+        overrides = {new: spec for name, spec in config.overrides.items() for new in rename([name])}
+        names = tuple(rename(list(config.modules_to_not_convert)))
+        self.checkpoint = replace(config, modules_to_not_convert=names, overrides=overrides)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        """Return how a layer is computed, or None for what is no linear layer.
+
+        Raises:
+            UnsupportedProblemError: vLLM merges layers that are quantised differently.
+        """
+        if not isinstance(layer, LinearBase):
+            return None
+        parts = parts_of(prefix, self.checkpoint, self.packed_modules_mapping)
+        spec = spec_of_parts(parts, self.checkpoint)
+        if spec is None:
+            return UnquantizedLinearMethod()
+        return FluteLinearMethod(prefix, parts, spec, self.checkpoint)
+
+
+@register_weight_loader_v2_supported_method
+class FluteLinearMethod(LinearMethodBase):  # type: ignore[misc]
+    """Loads and multiplies one linear layer, merged or not.
+
+    Args:
+        name: of vLLM's layer.
+        parts: names in the checkpoint of what it merges.
+        spec: bits and group size.
+        config: of the checkpoint.
+
+    Attributes:
+        out_features: rows of this rank, once its weight is in kernel order; None in plain order.
+        table_ends: where ranges of rows with tables of their own end.
+    """
+
+    def __init__(
+        self, name: str, parts: Sequence[str], spec: QuantSpec, config: CheckpointConfig
+    ) -> None:
+        self.name, self.parts, self.spec = name, tuple(parts), spec
+        self.scale_dtype = SCALE_DTYPES[config.scale_dtype]
+        self.has_row_tables = config.table_scope == "row"
+        self.out_features: int | None = None
+        self.table_ends: tuple[int, ...] = ()
+        self._loaded: dict[str, set[object]] = {name: set() for name in TENSOR_NAMES}
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Give a layer the parameters that this rank's part of its tensors is loaded into.
+
+        Args:
+            layer: of vLLM.
+            input_size_per_partition: input features of this rank.
+            output_partition_sizes: output features of this rank, of each merged part.
+            input_size: input features of all ranks.
+            output_size: output features of all ranks and parts.
+            params_dtype: dtype of the activations.
+            **extra_weight_attrs: has the `weight_loader`.
+
+        Raises:
+            UnsupportedProblemError: the ranks' parts cut a group or a word.
+        """
+        spec, sizes, K = self.spec, output_partition_sizes, input_size
+        shard = cut_rows(self.name, spec, K, K // input_size_per_partition)
+        self.K, self.sizes, self.dtype = shard.K, tuple(sizes), params_dtype
+        self._ids = ("q", "k", "v") if isinstance(layer, QKVParallelLinear) else range(len(sizes))
+        self._is_dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        N, loader = sum(sizes), extra_weight_attrs["weight_loader"]
+
+        def add(
+            kind: type,
+            name: str,
+            shape: tuple[int, int],
+            width: int,
+            dtype: torch.dtype,
+            **axes: int,
+        ) -> None:
+            data = torch.empty(shape, dtype=dtype)
+            load = self._checked(name, loader, width)
+            layer.register_parameter(name, kind(data=data, weight_loader=load, **axes))
+
+        both = {"input_dim": 1, "output_dim": 0}
+        add(ModelWeightParameter, "codes", (N, shard.words), spec.num_words(K), torch.int32, **both)
+        groups, shape = spec.num_groups(K), (N, shard.groups)
+        if spec.group_size == WHOLE_ROW:
+            add(ChannelQuantScaleParameter, "scales", shape, groups, self.scale_dtype, output_dim=0)
+        else:
+            add(GroupQuantScaleParameter, "scales", shape, groups, self.scale_dtype, **both)
+        entries = spec.num_entries
+        if self.has_row_tables:
+            rows = (N, entries)
+            add(ChannelQuantScaleParameter, "table", rows, entries, torch.float32, output_dim=0)
+        else:
+            add(PerTensorScaleParameter, "table", (len(sizes), entries), entries, torch.float32)
+
+    def _checked(self, key: str, loader: Callable[..., None], width: int) -> Callable[..., None]:
+        """Return vLLM's loader of a tensor, which checks it first and remembers that it came.
+
+        vLLM casts what has another dtype, slices what is too wide, and leaves what is missing.
+        """
+
+        @functools.wraps(loader)
+        def load(parameter: Tensor, loaded: Tensor, *args: Any, **kwargs: Any) -> None:
+            given = (*args, *kwargs.values(), None)[0]
+            ids = given if isinstance(given, (tuple, list)) else (given,)
+            if loaded.dtype != parameter.dtype or loaded.ndim != 2 or loaded.shape[1] != width:
+                raise FormatError(
+                    f"`{self._part(ids[0])}.{key}` is {loaded.dtype} of shape "
+                    f"{tuple(loaded.shape)}; expected {parameter.dtype} with {width} columns for "
+                    f"{self.spec}. The files and their config.json do not belong together."
+                )
+            loader(parameter, loaded, *args, **kwargs)
+            self._loaded[key].update(ids)
+
+        return load
+
+    def _part(self, shard_id: object) -> str:
+        """Return the name in the checkpoint of a merged part, by vLLM's id of it."""
+        if len(self.parts) == len(self.sizes):
+            for known, part in zip(self._ids, self.parts, strict=True):
+                if shard_id == known:
+                    return part
+        return self.parts[0] if len(self.parts) == 1 else self.name
+
+    def _check_complete(self) -> None:
+        if self._is_dummy:
+            return
+        for key, ids in self._loaded.items():
+            missing = [known for known in self._ids if known not in ids] if None not in ids else []
+            if missing:
+                raise CheckpointError(
+                    f"The checkpoint lacks `{self._part(missing[0])}.{key}` of a layer that its "
+                    "config.json does not leave dense. Download it again."
+                )
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Make the loaded tensors one matrix, in the order that this device's products read.
+
+        Args:
+            layer: of vLLM, whose parameters are replaced by plain ones.
+
+        Raises:
+            CheckpointError: a tensor was not in the checkpoint; the message names it.
+            KernelCompileError: NVRTC refused a kernel.
+        """
+        if not isinstance(layer.codes, ModelWeightParameter):  # done before
+            return
+        self._check_complete()
+        weight = concat_weights(self._parts_of(layer))
+        self.table_ends = weight.table_ends
+        if self._takes_kernels(weight):
+            weight = self._order(weight)
+        tensors = (weight.packed, weight.scales, weight.table)
+        for name, tensor in zip(TENSOR_NAMES, tensors, strict=True):
+            setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
+
+    def _takes_kernels(self, weight: PackedWeight) -> bool:
+        device = weight.packed.device
+        if device.type != "cuda" or self.dtype == torch.float32:
+            return False
+        if why_not(device):
+            warn_slow(device)
+            return False
+        return self.K % 32 == 0 and weight.packed.numel() > 0
+
+    def _order(self, weight: PackedWeight) -> PackedWeight:
+        """Put a weight into kernel order and compile its kernels, before a graph is captured."""
+        num_bits, device = self.spec.num_bits, weight.packed.device
+        packed, scales = to_kernel_order(weight.packed, weight.scales, num_bits, self.K)
+        self.out_features = weight.N
+        weight = weight._replace(packed=packed, scales=scales)
+        compile_kernels([problem_of(weight, 1, self.dtype)], device, lambda *_: None)
+        if device.type == "cuda":
+            # NOTE: kernels read weights before the previous kernel of the stream has ended.
+            torch.cuda.current_stream(device).synchronize()
+        return weight
+
+    def _parts_of(self, layer: nn.Module) -> list[PackedWeight]:
+        """Return the merged weights, as views of what was loaded."""
+        codes, scales, table = (layer.get_parameter(name).data for name in TENSOR_NAMES)
+        sizes = list(self.sizes)
+        tables = table.split(sizes) if self.has_row_tables else table.split(1)
+        parts = zip(codes.split(sizes), scales.split(sizes), tables, sizes, strict=True)
+        return [PackedWeight(c, s, t, self.spec, N, self.K) for c, s, t, N in parts]
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Multiply by the layer's weight.
+
+        Args:
+            layer: of vLLM.
+            x: shape (..., K of this rank).
+            bias: shape (N of this rank,), or None.
+
+        Returns:
+            Shape (..., N of this rank), dtype of ``x``.
+        """
+        rest = (self.spec, bias, self.out_features, self.table_ends)
+        return lut_gemm(x, layer.codes, layer.scales, layer.table, *rest)
