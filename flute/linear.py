@@ -1,9 +1,9 @@
 """`LutLinear`: a linear layer whose weight is table-quantised. Drops in for `torch.nn.Linear`.
 
-Owns which order the codes and scales of a layer are in. As stored, on the CPU, and wherever there
-are no kernels: plain order. On a GPU with kernels: kernel order, from the first call or
-`flute.prepare` on, in place of the other. Whatever leaves the layer (state dict, pickle, another
-device) is plain again.
+Owns which order the codes and scales of a layer are in. As stored, and wherever there are no
+kernels: plain order. From the first call or `flute.prepare` on, in place of it, kernel order on a
+GPU with kernels and CPU order on a CPU with kernels. Whatever leaves the layer (state dict, pickle,
+another device) is plain again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.nn.modules import module
 
 from flute.concat import concat_weights
 from flute.constant import Constant
+from flute.cpu import library as cpu
 from flute.cuda import Ready, make_ready
 from flute.device import warn_slow, why_not
 from flute.errors import FormatError
@@ -30,7 +31,7 @@ from flute.format import (
     check_table,
 )
 from flute.kernel_order import to_kernel_order, to_plain_order
-from flute.ops import is_plain_call, lut_gemm
+from flute.ops import is_plain_call, is_watched, lut_gemm
 from flute.pack import pack_codes, unpack_codes
 from flute.reference import dequantize_packed
 
@@ -153,6 +154,7 @@ class LutLinear(nn.Module):
         if name in TENSOR_NAMES and isinstance(value, nn.Parameter):
             Constant.of(value)
             self._ready.clear()
+            self._settled = False
         super().__setattr__(name, value)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -188,7 +190,7 @@ class LutLinear(nn.Module):
                 return out
         elif not self._settled and not is_compiling():
             self._settle(x)
-        N = self.out_features if self.kernel_order else None
+        N = self.out_features if self.kernel_order or self.cpu_order else None
         weight = (self.codes, self.scales, self.table, self.spec)
         return lut_gemm(x, *weight, self.bias, N, self.table_ends)
 
@@ -215,7 +217,7 @@ class LutLinear(nn.Module):
         return ready(x, parameters)
 
     def packed_weight(self) -> PackedWeight:
-        """Return the tensors as they are, in the order that ``kernel_order`` tells."""
+        """Return the tensors as they are, in the order they are in."""
         tensors = (self.codes.data, self.scales.data, self.table.data)
         sizes = (self.out_features, self.in_features)
         return PackedWeight(*tensors, self.spec, *sizes, self.table_ends)
@@ -223,7 +225,8 @@ class LutLinear(nn.Module):
     def _settle(self, x: Tensor) -> None:
         """Change to the order that suits the device, at the first call there.
 
-        Not for an fp32 ``x``, which kernels don't take, and not while a CUDA graph is captured.
+        On a GPU not for an fp32 ``x``, which kernels don't take, and not while a CUDA graph is
+        captured; on a CPU not within a transform or mode, where memory may not be changed.
         """
         device = self.codes.device
         if device.type == "cuda":
@@ -237,6 +240,12 @@ class LutLinear(nn.Module):
             elif self.takes_kernels():
                 with _lock:
                     self.to_kernel_order()
+        elif device.type == "cpu":
+            if is_watched():
+                return
+            if self.takes_cpu_kernels():
+                with _lock:
+                    self.to_cpu_order()
         self._settled = True
 
     def takes_kernels(self) -> bool:
@@ -248,6 +257,39 @@ class LutLinear(nn.Module):
             and not _is_offloaded(self)
         )
 
+    @property
+    def cpu_order(self) -> bool:
+        """Whether ``codes`` and ``scales`` are in the order of `flute.cpu.library`."""
+        return self.codes.dtype == torch.uint8
+
+    def takes_cpu_kernels(self) -> bool:
+        """Tell whether the CPU's kernels serve this layer; warn once if there are none."""
+        if self.codes.device.type != "cpu" or not self.codes.numel() or _is_offloaded(self):
+            return False
+        if type(self.codes.data) is not Tensor:  # traced: memory is not real
+            return False
+        if cpu.why_not():
+            if not cpu.is_turned_off():
+                cpu.warn_slow()
+            return False
+        return True
+
+    def to_cpu_order(self, exact: bool = False) -> None:
+        """Put codes and scales into the order of the CPU's kernels, in place, in parallel.
+
+        Args:
+            exact: sum in fp32, whatever ``$FLUTE_CPU_EXACT`` says; else in fixed point, whose error
+                is below 5e-4 (relative norm).
+
+        Raises:
+            UnsupportedProblemError: there are no kernels; the message says why.
+        """
+        if self.cpu_order and not exact:
+            return
+        self._ready.clear()
+        self.codes.data, self.scales.data = cpu.order(self._plain(), exact)
+        self.kernel_order, self._settled = False, True
+
     def to_kernel_order(self) -> None:
         """Put codes and scales into kernel order, in place; on any device, for any K % 32 == 0.
 
@@ -256,8 +298,9 @@ class LutLinear(nn.Module):
         """
         if self.kernel_order:
             return
+        plain = self._plain()
         codes, scales = to_kernel_order(
-            self.codes.data, self.scales.data, self.spec.num_bits, self.in_features
+            plain.packed, plain.scales, self.spec.num_bits, self.in_features
         )
         self._ready.clear()
         self.codes.data, self.scales.data = codes, scales
@@ -269,7 +312,7 @@ class LutLinear(nn.Module):
     def to_plain_order(self) -> None:
         """Put codes and scales back as they are stored, in place."""
         self._ready.clear()
-        if self.kernel_order:
+        if self.kernel_order or self.cpu_order:
             self.codes.data, self.scales.data = self._plain()[:2]
             self.kernel_order = False
         self._settled = False
@@ -277,6 +320,8 @@ class LutLinear(nn.Module):
     def _plain(self) -> PackedWeight:
         """Return the weight as it is stored."""
         weight = self.packed_weight()
+        if self.cpu_order:
+            return cpu.restore(weight)
         if not self.kernel_order:
             return weight
         packed, scales, _, spec, N, K, _ = weight
@@ -287,7 +332,7 @@ class LutLinear(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.kernel_order:
+        if self.kernel_order or self.cpu_order:
             destination[prefix + "codes"], destination[prefix + "scales"] = self._plain()[:2]
         if self.table_ends:
             ends = torch.tensor(self.table_ends, dtype=torch.int32)
@@ -323,7 +368,7 @@ class LutLinear(nn.Module):
         """Return what is copied and pickled: the layer in plain order."""
         state = self.__dict__.copy()
         state["_ready"] = {}
-        if self.kernel_order:
+        if self.kernel_order or self.cpu_order:
             plain, parameters = self._plain(), dict(self._parameters)
             parameters["codes"], parameters["scales"] = map(Constant, plain[:2])
             state |= {"_parameters": parameters, "kernel_order": False, "_settled": False}

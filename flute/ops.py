@@ -7,8 +7,10 @@ autocast and autograd (for ``x`` and ``bias``; codes, scales and table are const
         plain order, as stored: PyTorch, on any device                       reference.py
         kernel order, on a GPU with kernels, x of 16 bits: kernels           cuda.py
         kernel order otherwise: back to plain order, then PyTorch
+        CPU order: kernels in C                                              cpu/library.py
 
-``out_features`` tells the orders apart: None means plain order, N means kernel order.
+``out_features`` tells the orders apart: None means plain order; N means kernel order, or CPU order
+if the codes are uint8.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
 from flute import cuda, reference
+from flute.cpu import library as cpu
 from flute.device import gpu_of, warn_unprepared, why_not
 from flute.errors import FormatError, UnsupportedProblemError
 from flute.format import SCALE_DTYPES, PackedWeight, QuantSpec, check_scales, check_table
@@ -68,7 +71,8 @@ def lut_gemm(
         spec: num_bits and group_size.
         bias: any floating dtype, shape (N,), or None.
         out_features: None if ``packed`` and ``scales`` are as stored; N if they are in the order of
-            `flute.kernel_order.to_kernel_order`, which is what GPU kernels read.
+            `flute.kernel_order.to_kernel_order`, which is what GPU kernels read, or of
+            `flute.cpu.library.order` (uint8), which is what CPU kernels read.
         table_ends: where each of R ranges of rows ends, ascending, the last N; empty if there is
             one table, or one per row. Kernels read up to 8 ranges that end at multiples of 16; of
             others they are given a table per row, made anew in each call.
@@ -113,6 +117,11 @@ def is_plain_call(x: Tensor, bias: Tensor | None = None) -> bool:
     )
 
 
+def is_watched() -> bool:
+    """Tell whether a transform or mode runs calls: then tensors may not be what they seem."""
+    return _transform() is not None or bool(_num_dispatch_modes())
+
+
 # Why: names of this module are found sooner, 0.15 us in all for `is_plain_call`.
 _autocasts = torch._C._is_any_autocast_enabled
 _num_dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -133,6 +142,15 @@ def path_of(device: torch.device, dtype: torch.dtype) -> str:
     """
     if dtype not in _DTYPES:
         return "none: expected float16, bfloat16 or float32"
+    if device.type == "cpu":
+        reason = cpu.why_not()
+        if reason:
+            return f"{_REFERENCE} (slow; no kernels: {reason})"
+        kind = "exact" if cpu.is_exact() else "fixed point"
+        return (
+            f"M <= {cpu.MAX_M}: {cpu.variant()} kernels, {kind}; more: dequantise, then torch's "
+            "matmul; codes in the order of storage: reference"
+        )
     if device.type != "cuda":
         return _REFERENCE
     reason = why_not(device)
@@ -196,6 +214,8 @@ def _packed_weight(
         check_scales(scales, N, K, spec)
         check_table(table, N, spec, ends)
         return PackedWeight(packed, scales, table, spec, N, K, ends)
+    if packed.dtype == torch.uint8:
+        return _cpu_weight(packed, scales, table, spec, K, out_features, ends)
     N, groups = out_features, spec.num_groups(K)
     tiles = num_tiles(N)
     shape = (tiles, padded_k(K) // CHUNK_K, TILE_N * CHUNK_K * spec.num_bits // 32)
@@ -214,6 +234,30 @@ def _packed_weight(
     if scales.dtype not in SCALE_DTYPES.values():
         raise FormatError(f"`scales` is {scales.dtype}; expected float16, bfloat16 or float32.")
     check_table(table, N, spec, ends)
+    return PackedWeight(packed, scales, table, spec, N, K, ends)
+
+
+def _cpu_weight(
+    packed: Tensor,
+    scales: Tensor,
+    table: Tensor,
+    spec: QuantSpec,
+    K: int,
+    N: int,
+    ends: tuple[int, ...],
+) -> PackedWeight:
+    """Check a weight's tensors in CPU order."""
+    check_table(table, N, spec, ends)
+    shapes = cpu.order_shapes(N, K, spec, cpu.is_by_rows(table.shape[0], ends))
+    if (tuple(packed.shape), tuple(scales.shape)) != shapes:
+        raise FormatError(
+            f"`packed` and `scales` have shapes {tuple(packed.shape)} and {tuple(scales.shape)}; "
+            f"expected {shapes[0]} and {shapes[1]} in CPU order for N={N}, K={K}, {spec}."
+        )
+    if scales.dtype not in SCALE_DTYPES.values():
+        raise FormatError(f"`scales` is {scales.dtype}; expected float16, bfloat16 or float32.")
+    if packed.device.type == "cuda":
+        raise FormatError(f"`packed` is in CPU order, on {packed.device}; expected the CPU.")
     return PackedWeight(packed, scales, table, spec, N, K, ends)
 
 
@@ -260,6 +304,8 @@ def _plain_weight(weight: PackedWeight) -> PackedWeight:
 
 def _lut_gemm(x: Tensor, *args: Any) -> Tensor:
     weight, bias = _checked_weight(x, *args), args[3]
+    if weight.packed.dtype == torch.uint8:
+        return cpu.multiply(x, weight, bias)
     has_kernels = x.dtype in _KERNEL_DTYPES and not why_not(x.device)
     if len(args) > 6 and args[6] is not None:  # in kernel order
         if has_kernels:
@@ -289,6 +335,8 @@ def _dequantize(
     weight = _packed_weight(packed, scales, table, spec, K, out_features, table_ends)
     if dtype not in _DTYPES:
         raise FormatError(f"`dtype` is {dtype}; expected fp16, bf16 or fp32.")
+    if packed.dtype == torch.uint8:
+        return cpu.dequantize(weight, dtype)
     if out_features is not None:
         if dtype in _KERNEL_DTYPES and not why_not(packed.device):
             return cuda.dequantize(weight, dtype)

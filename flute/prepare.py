@@ -1,4 +1,4 @@
-"""`prepare`: make a model on a GPU ready, so that no call compiles or converts anything."""
+"""`prepare`: make a model ready, so that no call compiles or converts anything."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from flute.launchers import compile_kernels, problem_of
 from flute.linear import LutLinear
 
 
-def prepare(model: nn.Module, *, dtype: torch.dtype | None = None) -> int:
-    """Put the weights of a model's quantised layers into kernel order and compile their kernels.
+def prepare(model: nn.Module, *, dtype: torch.dtype | None = None, exact: bool = False) -> int:
+    """Put the weights of a model's quantised layers into the order of kernels and compile those.
 
     Without it a layer does so at its first call. Call it before `torch.compile` and before a CUDA
     graph is captured, where that cannot happen. `flute.from_pretrained` calls it.
 
     Args:
-        model: its layers on GPUs with kernels are changed in place; others, and those that
+        model: its layers on GPUs and CPUs with kernels are changed in place; others, and those that
             accelerate offloads, stay as they are.
         dtype: of the activations, fp16 or bf16; None is that of the model's parameters, or of the
-            scales.
+            scales. CPU kernels take any.
+        exact: whether products on a CPU are summed in fp32 instead of in fixed point, whose error
+            is below 5e-4 (relative norm). It holds until the layer is loaded, moved or copied.
 
     Returns:
         How many layers are ready.
@@ -38,10 +40,13 @@ def prepare(model: nn.Module, *, dtype: torch.dtype | None = None) -> int:
         problem = problem_of(layer.packed_weight(), 1, dtype or _activation_dtype(model, layer))
         problems.setdefault(layer.codes.device, {})[problem] = None
         layer._settled = True
+    on_cpu = [m for m in model.modules() if isinstance(m, LutLinear) and m.takes_cpu_kernels()]
+    for layer in on_cpu:
+        layer.to_cpu_order(exact)
     for device, wanted in problems.items():
         with _Progress() as progress:
             compile_kernels(wanted, device, progress.report)
-    return len(layers)
+    return len(layers) + len(on_cpu)
 
 
 def _activation_dtype(model: nn.Module, layer: LutLinear) -> torch.dtype:

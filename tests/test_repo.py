@@ -28,7 +28,7 @@ LAYERS = (
     ("plans",),
     ("tuning",),
     ("methods", "launchers", "timing", "model_shapes"),
-    ("concat", "cuda"),
+    ("concat", "cuda", "cpu"),
     ("ops", "operands"),
     ("linear", "tune", "calibration"),
     ("model", "checkpoint"),
@@ -315,7 +315,7 @@ def tracked() -> list[Path]:
     return [ROOT / name for name in listed.stdout.decode().split("\0") if name]
 
 
-TEXT = {".py", ".md", ".toml", ".txt", ".json", ".cuh", ".cu", ".cpp", ".h", "", ".yml", ".yaml"}
+TEXT = {".py", ".md", ".toml", ".txt", ".json", ".cuh", ".cu", ".c", ".h", "", ".yml", ".yaml"}
 DATA = {"tokenizer.json", "wikitext2.txt", "classics.txt"}
 
 

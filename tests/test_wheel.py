@@ -36,6 +36,7 @@ def test_wheel_smoke(tmp_path):
     (wheel,) = tmp_path.glob("flute-*-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert not [name for name in names if name.startswith(("tests/", "examples/", "benchmarks/"))]
+    assert {"flute/kernels/cpu/lut.c", "flute/kernels/cpu/lut.h"} <= set(names)
     site = tmp_path / "site"
     install = [
         sys.executable,

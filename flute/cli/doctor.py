@@ -58,6 +58,7 @@ def examine() -> dict[str, Any]:
     import torch
 
     from flute import __version__
+    from flute.cpu import library
     from flute.ops import path_of
 
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -67,6 +68,7 @@ def examine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} used by torch, "
         f"{torch.backends.cpu.get_cpu_capability()}",
+        "cpu kernels": library.describe(),
         "memory": megabytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         if hasattr(os, "sysconf")
         else "unknown",

@@ -1,8 +1,8 @@
 """Compiled kernels on disk, shared by processes. Knows nothing of what they compute.
 
-    <folder>/<key>.cubin   machine code, readable by cuobjdump
-             <key>.cu      the source it came from
-             <key>.json    symbol, SHA-256 of the cubin, assembler's report: written last
+    <folder>/<key>.cubin   machine code, readable by cuobjdump; of a CPU: .so, a shared library
+             <key>.cu      the source it came from; of a CPU: .c
+             <key>.json    symbol, SHA-256 of the machine code, compiler's report: written last
              <key>.lock    held while one process compiles
 
 Concurrency contract: files are written under a temporary name and renamed, so a reader sees all of
@@ -40,6 +40,8 @@ def load_or_compile(
     arch: str,
     folder: Path | None = None,
     compile_: Callable[[Source, str], Cubin] = compile_cubin,
+    key: str | None = None,
+    endings: tuple[str, str] = (".cu", ".cubin"),
 ) -> Cubin:
     """Return a compiled kernel, from the cache if it is there.
 
@@ -49,13 +51,15 @@ def load_or_compile(
         folder: of the cache; `default_folder` if None. Where it cannot be written, the kernel is
             compiled anew each time, with one warning.
         compile_: compiles on a miss.
+        key: of the entry, of everything the machine code depends on; `key_of` if None.
+        endings: of the files of source and machine code.
 
     Raises:
-        KernelCompileError: NVRTC's log; the source is kept under ``failed/`` in the folder.
+        KernelCompileError: the compiler's log; the source is kept under ``failed/`` in the folder.
     """
     folder = default_folder() if folder is None else folder
-    key = key_of(source, arch)
-    found = _read(folder, key)
+    key = key or key_of(source, arch)
+    found = _read(folder, key, endings[1])
     if found is not None:
         return found
     try:
@@ -69,24 +73,29 @@ def load_or_compile(
         )
         return compile_(source, arch)
     with lock, _exclusive(lock):
-        found = _read(folder, key)  # another process may have been faster
+        found = _read(folder, key, endings[1])  # another process may have been faster
         if found is None:
-            found = _compile_into(folder, key, source, arch, compile_)
+            found = _compile_into(folder, key, source, arch, compile_, endings)
     return found
 
 
 def _compile_into(
-    folder: Path, key: str, source: Source, arch: str, compile_: Callable[[Source, str], Cubin]
+    folder: Path,
+    key: str,
+    source: Source,
+    arch: str,
+    compile_: Callable[[Source, str], Cubin],
+    endings: tuple[str, str],
 ) -> Cubin:
     try:
         cubin = compile_(source, arch)
     except KernelCompileError as error:
-        kept = folder / "failed" / f"{key}.cu"
+        kept = folder / "failed" / f"{key}{endings[0]}"
         kept.parent.mkdir(exist_ok=True)
         _write(kept, source.text.encode())
         raise KernelCompileError(f"{error}\nSource kept at {kept}") from error
-    _write(folder / f"{key}.cu", source.text.encode())
-    _write(folder / f"{key}.cubin", cubin.code)
+    _write(folder / f"{key}{endings[0]}", source.text.encode())
+    _write(folder / f"{key}{endings[1]}", cubin.code)
     entry = {
         "name": source.name,
         "arch": arch,
@@ -98,9 +107,9 @@ def _compile_into(
     return cubin
 
 
-def _read(folder: Path, key: str) -> Cubin | None:
+def _read(folder: Path, key: str, ending: str) -> Cubin | None:
     """Return a valid entry; remove an invalid one, with a warning."""
-    entry_path, code_path = folder / f"{key}.json", folder / f"{key}.cubin"
+    entry_path, code_path = folder / f"{key}.json", folder / f"{key}{ending}"
     try:
         text = entry_path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):

@@ -29,7 +29,7 @@ _SCHEMA = 1
 
 
 class KernelCompileError(FluteError, RuntimeError):
-    """NVRTC refused a kernel; the message holds its log and where the source was kept."""
+    """A compiler refused a kernel; the message holds its log and where the source was kept."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,159 @@
+"""Time products on a CPU against PyTorch and its other int4 and nf4 kernels, interleaved.
+
+Methods take turns, so that what else the machine does hits all; a ratio is the median over rounds
+of (their time / our time) within a round. With one thread time is that thread's on a CPU, which
+other processes do not lengthen by taking the core. Weights rotate over copies that do not fit the
+caches (bitsandbytes' does not). Each product is held against fp64 before it is timed.
+
+    python benchmarks/bench_cpu.py --shapes 14336x4096 --tokens 1 8 --threads 1 --rounds 9
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import flute
+from flute.cpu import library
+from flute.format import PackedWeight, QuantSpec
+
+SHAPES = ("14336x4096", "4096x14336", "4096x4096", "6144x4096")
+BYTES = 256 << 20
+"""Bytes over which the copies of a weight rotate, and of the buffer that is read."""
+GROUP = 128
+
+
+def lut_products(N: int, K: int, num_bits: int) -> tuple[list[PackedWeight], torch.Tensor]:
+    """Copies of one random weight in CPU order, and the dense weight."""
+    spec = QuantSpec(num_bits, GROUP)
+    codes = torch.randint(0, spec.num_entries, (N, K), dtype=torch.uint8)
+    table = torch.randn(1, spec.num_entries).sort().values
+    scales = (torch.rand(N, K // GROUP) / 8 + 0.01).bfloat16()
+    stored = PackedWeight(flute.pack_codes(codes, num_bits), scales, table, spec, N, K)
+    packed, ordered = library.order(stored)
+    weight = stored._replace(packed=packed, scales=ordered)
+    count = max(2, BYTES // packed.numel())
+    copies = [weight._replace(packed=packed.clone()) for _ in range(count)]
+    return copies, library.dequantize(weight, torch.float32)
+
+
+def peers(N: int, K: int, dense: torch.Tensor) -> dict[str, Callable[[torch.Tensor, int], object]]:
+    """The other ways to multiply that are installed here; each takes x and the round."""
+    half = [dense.bfloat16() for _ in range(max(2, BYTES // (2 * N * K)))]
+    full = [dense, dense.clone()]
+    found: dict[str, Callable[[torch.Tensor, int], object]] = {
+        "torch bf16": lambda x, i: F.linear(x, half[i % len(half)]),
+        "torch fp32": lambda x, i: F.linear(x.float(), full[i % 2]),
+    }
+    try:
+        ints = torch.randint(0, 16, (N, K), dtype=torch.int32)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(ints, 1)
+        zeros = torch.ones(K // GROUP, N, 2).bfloat16()
+        copies = [packed.clone() for _ in range(max(2, BYTES // packed.numel()))]
+        int4 = torch.ops.aten._weight_int4pack_mm_for_cpu
+        int4(torch.zeros(1, K).bfloat16(), packed, GROUP, zeros)
+        found["torch int4"] = lambda x, i: int4(x, copies[i % len(copies)], GROUP, zeros)
+    except (AttributeError, RuntimeError, NotImplementedError) as error:
+        print(f"torch int4: not here ({error})")
+    try:
+        import bitsandbytes as bnb
+
+        layer = bnb.nn.Linear4bit(K, N, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+        layer.weight = bnb.nn.Params4bit(dense.bfloat16(), quant_type="nf4", blocksize=GROUP)
+        layer = layer.to("cpu").eval()
+        layer(torch.zeros(1, K).bfloat16())
+        found["bitsandbytes nf4"] = lambda x, i: layer(x)
+    except (ImportError, RuntimeError, ValueError, TypeError) as error:
+        print(f"bitsandbytes nf4: not here ({error})")
+    return found
+
+
+def measure(
+    shape: str, tokens: list[int], threads: list[int], rounds: int, bits: list[int]
+) -> list[dict[str, object]]:
+    """Return a record per number of tokens, threads and bits."""
+    N, K = map(int, shape.split("x"))
+    weights = {b: lut_products(N, K, b) for b in bits}
+    others = peers(N, K, weights[bits[0]][1])
+    buffer, records = torch.zeros(BYTES // 4), []
+    for count in threads:
+        torch.set_num_threads(count)
+        clock = time.thread_time if count == 1 else time.perf_counter
+        for M in tokens:
+            x = torch.randn(M, K).bfloat16()
+            for copies, dense in weights.values():
+                out = library.multiply(x, copies[0], None).double()
+                exact = x.double() @ dense.double().T
+                error = float((out - exact).norm() / exact.norm())
+                assert error < 1e-2, f"a product is wrong: {error}"
+            methods: dict[str, Callable[[int], object]] = {"read": lambda i: buffer.sum()}
+            methods |= {
+                f"flute {b}": lambda i, c=c, x=x: library.multiply(x, c[i % len(c)], None)
+                for b, (c, _) in weights.items()
+            }
+            methods |= {name: lambda i, f=f, x=x: f(x, i) for name, f in others.items()}
+            times: dict[str, list[float]] = {name: [] for name in methods}
+            for i in range(rounds + 1):
+                for name, method in methods.items():
+                    start = clock()
+                    method(i)
+                    if i:  # the first round warms up
+                        times[name].append(clock() - start)
+            bandwidth = BYTES / min(times["read"])
+            for b, (copies, _) in weights.items():
+                ours = times[f"flute {b}"]
+                size = copies[0].packed.numel() + 2 * copies[0].scales.numel()
+                ratios = {
+                    name: round(
+                        statistics.median(t / o for t, o in zip(times[name], ours, strict=True)), 2
+                    )
+                    for name in others
+                }
+                record = {"shape": shape, "bits": b, "M": M, "threads": count, "ratios": ratios}
+                record["ms_min"] = round(1e3 * min(ours), 3)
+                record["ms_median"] = round(1e3 * statistics.median(ours), 3)
+                record["share_of_read_bandwidth"] = round(size / min(ours) / bandwidth, 3)
+                print(json.dumps(record), flush=True)
+                records.append(record)
+    return records
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="N x K, as 14336x4096")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 8, 32, 128])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, help="a JSON file to write")
+    args = parser.parse_args()
+    if reason := library.why_not():
+        raise SystemExit(f"No CPU kernels here: {reason}")
+    records = []
+    for shape in args.shapes:
+        records += measure(shape, args.tokens, args.threads, args.rounds, args.bits)
+    if args.out:
+        machine = {"cpu": cpu_name(), "variant": library.variant(), "torch": torch.__version__}
+        result = {"machine": machine, "group_size": GROUP, "rounds": args.rounds}
+        args.out.write_text(json.dumps({**result, "records": records}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

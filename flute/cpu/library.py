@@ -1,0 +1,344 @@
+"""The CPU path: products, dense weights and the order of weights, by the library of C kernels.
+
+Owns which variant runs and why none does; knows nothing of layers. A weight in CPU order is a
+`PackedWeight` with uint8 codes (`flute/kernels/cpu/lut.h` states the order), so the dtype of the
+codes tells the orders apart: int32 as stored or for GPUs, uint8 for CPUs.
+
+    M <= 8   one call; a decoded weight serves all tokens      fixed point, or exact
+    M > 8    rows dequantised by slices, then torch's matmul
+
+Threads are those of torch: its ``torch_parallel_for`` is passed to the library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flute.errors import FluteError, UnsupportedProblemError
+from flute.format import PackedWeight, QuantSpec
+
+TILE_N = 16
+"""Rows of a tile."""
+UNIT_K = 32
+"""K is padded to a multiple of this."""
+HEADER = 192
+"""Bytes before the codes."""
+MAX_M = 8
+"""Most tokens of one call of a kernel."""
+SLICE_BYTES = 1 << 23
+"""Most bytes of dequantised weight at a time: it should be in the cache when it is multiplied."""
+EXACT_ENVIRONMENT = "FLUTE_CPU_EXACT"
+VARIANT_ENVIRONMENT = "FLUTE_CPU_VARIANT"
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("tables", ctypes.c_void_p),
+        ("ends", ctypes.c_void_p),
+        ("N", ctypes.c_int64),
+        ("K", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("num_tables", ctypes.c_int64),
+        ("num_bits", ctypes.c_int32),
+        ("scale_type", ctypes.c_int32),
+        ("by_rows", ctypes.c_int32),
+    )
+
+
+class _Tokens(ctypes.Structure):
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("M", ctypes.c_int64),
+        ("x_stride", ctypes.c_int64),
+        ("x_type", ctypes.c_int32),
+        ("bias_type", ctypes.c_int32),
+    )
+
+
+class _Library(NamedTuple):
+    functions: Any  # ctypes.CDLL
+    variants: tuple[str, ...]  # as compiled; a variant is its index
+    usable: tuple[str, ...]  # on this CPU, fastest first
+    run: ctypes.c_void_p  # a parallel loop
+    is_parallel: bool
+
+
+@cache
+def _library() -> _Library | str:
+    """The library, or why there is none."""
+    from flute.cpu.build import load  # NOTE: importing `flute` must not load the compiler
+
+    try:
+        functions = load()
+    except FluteError as error:
+        return str(error)
+    functions.flute_variant_name.restype = ctypes.c_char_p
+    variants: list[str] = []
+    while name := functions.flute_variant_name(len(variants)):
+        variants.append(name.decode())
+    usable = [name for i, name in enumerate(variants) if functions.flute_variant_usable(i)]
+    parallel = _torch_parallel_for()
+    run = parallel or functions.flute_serial
+    address = ctypes.cast(run, ctypes.c_void_p)
+    return _Library(functions, tuple(variants), tuple(usable), address, parallel is not None)
+
+
+def _torch_parallel_for() -> Any:
+    """Torch's loop over its own threads, a C function; None if this torch does not export it."""
+    folder = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        if (folder / name).exists():
+            return getattr(ctypes.CDLL(str(folder / name)), "torch_parallel_for", None)
+    return None
+
+
+def variant() -> str:
+    """Return the variant that runs: the fastest this CPU has, or ``$FLUTE_CPU_VARIANT``; else "".
+
+    Raises:
+        UnsupportedProblemError: the environment names one that this CPU or library lacks.
+    """
+    asked = os.environ.get(VARIANT_ENVIRONMENT, "")
+    if asked == "none":
+        return ""
+    library = _library()
+    if isinstance(library, str):
+        return ""
+    if asked and asked not in library.usable:
+        raise UnsupportedProblemError(
+            f"{VARIANT_ENVIRONMENT}={asked!r}; expected one of {('none', *library.usable)}."
+        )
+    return asked or library.usable[0]
+
+
+def why_not() -> str:
+    """Return why no kernels run on this CPU, or "" if they do; compiles them at the first call."""
+    if is_turned_off():
+        return f"{VARIANT_ENVIRONMENT} is 'none'"
+    library = _library()
+    if isinstance(library, str):
+        return library
+    variant()
+    return ""
+
+
+def is_turned_off() -> bool:
+    """Tell whether ``$FLUTE_CPU_VARIANT`` is "none"."""
+    return os.environ.get(VARIANT_ENVIRONMENT) == "none"
+
+
+def describe() -> str:
+    """Return, for people, which variant runs, what else could, and on which threads."""
+    reason = why_not()
+    if reason:
+        return f"none: {reason}"
+    library = _found()
+    threads = "torch's threads" if library.is_parallel else "one thread (torch exports no loop)"
+    return f"{variant()} (of {', '.join(library.usable)}), {threads}"
+
+
+@cache
+def warn_slow() -> None:
+    """Warn, once, that products on the CPU take PyTorch's path, and why."""
+    warnings.warn(
+        f"Products on the CPU take the slow path (PyTorch, in float32): {why_not()}", stacklevel=4
+    )
+
+
+def is_exact() -> bool:
+    """Tell whether ``$FLUTE_CPU_EXACT`` asks for sums in fp32 of weights in fp32."""
+    return os.environ.get(EXACT_ENVIRONMENT, "") not in ("", "0")
+
+
+def is_by_rows(num_tables: int, table_ends: Sequence[int]) -> bool:
+    """Tell whether tables change within a tile, so that rows keep the order they are stored in."""
+    if table_ends:
+        return any(end % TILE_N for end in table_ends[:-1])
+    return num_tables > 1
+
+
+def order_shapes(
+    N: int, K: int, spec: QuantSpec, by_rows: bool
+) -> tuple[tuple[int], tuple[int, ...]]:
+    """Return the shapes of codes and scales in CPU order.
+
+    Args:
+        N: output features.
+        K: input features.
+        spec: bits and group size.
+        by_rows: see `is_by_rows`.
+    """
+    rows = N if by_rows else -(-N // TILE_N) * TILE_N
+    num_bytes = HEADER + rows * -(-K // UNIT_K) * 4 * spec.num_bits
+    groups = spec.num_groups(K)
+    return (num_bytes,), (N, groups) if by_rows else (rows // TILE_N, groups, TILE_N)
+
+
+def _found() -> _Library:
+    library = _library()
+    if isinstance(library, str):
+        raise UnsupportedProblemError(f"A weight in CPU order needs the CPU kernels: {library}.")
+    return library
+
+
+def _variant_of(library: _Library) -> int:
+    return library.variants.index(variant() or library.usable[0])
+
+
+def _weight(weight: PackedWeight, scales: Tensor) -> tuple[_Weight, tuple[Any, ...]]:
+    """The C structure, and what must live as long as it."""
+    packed, _, table, spec, N, K, ends = weight
+    table, packed = table.contiguous(), packed.contiguous()
+    c_ends = (ctypes.c_int64 * len(ends))(*ends) if ends else None
+    by_rows = is_by_rows(table.shape[0], ends)
+    numbers = (N, K, spec.group_length(K), table.shape[0], spec.num_bits, _TYPES[scales.dtype])
+    at_ends = ctypes.addressof(c_ends) if c_ends is not None else None
+    addresses = (packed.data_ptr(), scales.data_ptr(), table.data_ptr(), at_ends)
+    return _Weight(*addresses, *numbers, by_rows), (packed, scales, table, c_ends)
+
+
+def _check(error: int) -> None:
+    if error == 1:
+        raise MemoryError("The CPU kernels could not allocate their scratch.")
+    if error:
+        raise RuntimeError("torch's thread pool failed to run a CPU kernel.")
+
+
+def order(weight: PackedWeight, exact: bool = False) -> tuple[Tensor, Tensor]:
+    """Put a stored weight into CPU order, in parallel.
+
+    Args:
+        weight: as stored; N and K at least 1.
+        exact: whether its products are to be exact, whatever ``$FLUTE_CPU_EXACT`` says.
+
+    Returns:
+        Codes, uint8, and scales; see `order_shapes`.
+    """
+    library, scales = _found(), weight.scales.contiguous()
+    by_rows = is_by_rows(weight.table.shape[0], weight.table_ends)
+    code_shape, scale_shape = order_shapes(weight.N, weight.K, weight.spec, by_rows)
+    codes = torch.zeros(code_shape, dtype=torch.uint8)
+    ordered = torch.zeros(scale_shape, dtype=scales.dtype)
+    stored, _kept = _weight(weight, scales)
+    out = (ctypes.c_void_p(codes.data_ptr()), ctypes.c_void_p(ordered.data_ptr()))
+    _check(library.functions.flute_order(ctypes.byref(stored), *out, int(exact), library.run))
+    return codes, ordered
+
+
+def restore(weight: PackedWeight) -> PackedWeight:
+    """Undo `order`: return the weight as it is stored."""
+    library, spec = _found(), weight.spec
+    codes = torch.empty(weight.N, spec.num_words(weight.K), dtype=torch.int32)
+    scales = torch.empty(weight.N, spec.num_groups(weight.K), dtype=weight.scales.dtype)
+    stored = weight._replace(packed=codes, scales=scales)
+    c_weight, _kept = _weight(stored, scales)
+    ordered = (weight.packed.contiguous(), weight.scales.contiguous())
+    addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in ordered]
+    _check(library.functions.flute_restore(ctypes.byref(c_weight), *addresses, library.run))
+    return stored
+
+
+def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Return the dense weight (N, K) of one in CPU order, bit for bit `flute.reference`'s.
+
+    Args:
+        weight: in CPU order.
+        dtype: fp16, bf16 or fp32.
+    """
+    out = torch.empty(weight.N, weight.K, dtype=dtype)
+    _dequantize_into(out, weight, 0)
+    return out
+
+
+def _dequantize_into(out: Tensor, weight: PackedWeight, first: int) -> None:
+    """Fill ``out`` (rows, K) with the rows from ``first`` on."""
+    library = _found()
+    c_weight, _kept = _weight(weight, weight.scales.contiguous())
+    bounds = (ctypes.c_int64(first), ctypes.c_int64(first + out.shape[0]))
+    at = ctypes.c_void_p(out.data_ptr())
+    dequantise = library.functions.flute_dequantise
+    _check(
+        dequantise(
+            ctypes.byref(c_weight),
+            *bounds,
+            _TYPES[out.dtype],
+            at,
+            _variant_of(library),
+            library.run,
+        )
+    )
+
+
+def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """Multiply by a weight in CPU order; see `flute.lut_gemm`.
+
+    In fixed point the relative norm of the error is below 5e-4, besides that of rounding the table
+    and the result to the dtype of ``x``; what that cannot hold is summed in fp32 (`lut.h`).
+
+    Args:
+        x: fp16, bf16 or fp32, shape (M, K), on the CPU.
+        weight: in CPU order.
+        bias: shape (N,), or None.
+
+    Returns:
+        Shape (M, N), dtype of ``x``.
+    """
+    M, exact = x.shape[0], is_exact() or bool(weight.packed[HEADER - 64])
+    if M > MAX_M:
+        return _multiply_dense(x, weight, bias, exact)
+    out = x.new_empty(M, weight.N)
+    if not M:
+        return out
+    library = _found()
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    if bias is not None:
+        bias = (bias if bias.dtype in _TYPES else bias.float()).contiguous()
+    c_weight, _kept = _weight(weight, weight.scales.contiguous())
+    bias_at, bias_type = (None, 0) if bias is None else (bias.data_ptr(), _TYPES[bias.dtype])
+    tokens = _Tokens(
+        x.data_ptr(), bias_at, out.data_ptr(), M, x.stride(0), _TYPES[x.dtype], bias_type
+    )
+    _check(
+        library.functions.flute_multiply(
+            ctypes.byref(c_weight),
+            ctypes.byref(tokens),
+            _variant_of(library),
+            int(exact),
+            library.run,
+        )
+    )
+    return out
+
+
+def _multiply_dense(x: Tensor, weight: PackedWeight, bias: Tensor | None, exact: bool) -> Tensor:
+    """Multiply by slices of the dense weight: in fp32 if exact or fp16, else in the dtype of x."""
+    dtype, out_dtype, N = x.dtype, x.dtype, weight.N
+    if exact or dtype == torch.float16:
+        weight, dtype = weight._replace(table=weight.table.to(dtype).float()), torch.float32
+    x = x.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    rows = max(TILE_N, SLICE_BYTES // (dtype.itemsize * weight.K) // TILE_N * TILE_N)
+    out = torch.empty(x.shape[0], N, dtype=out_dtype)
+    dense = torch.empty(min(rows, N), weight.K, dtype=dtype)
+    for start in range(0, N, rows):
+        stop = min(start + rows, N)
+        part = dense[: stop - start]
+        _dequantize_into(part, weight, start)
+        out[:, start:stop] = F.linear(x, part, None if bias is None else bias[start:stop])
+    return out

@@ -1,0 +1,175 @@
+/* Products with a table-quantised weight on a CPU: what the files here share. Plain C11.
+
+   weight[n, k] = table[codes[n, k]] * scales[n, k / group]
+   out[m, n]    = sum_k x[m, k] * weight[n, k] + bias[n]
+
+   lut.c    entry points: tokens, rows, threads       order.c    stored order <-> order of kernels
+   scalar.c avx2.c avx512.c neon.c    one tile by the instructions of one kind of CPU
+
+   Tile order, for one table, or one per range of whole tiles. 16 rows make a tile; K is padded with
+   code 0 to whole units of 32 codes. A unit is num_bits vectors of 16 words, one word a row:
+
+       4 bits   vector v, bits 4j (+16): codes 8v + 2j (+1), j < 4
+       3 bits   vector v, bits 3j (+16): codes 10v + 2j (+1), j < 5; bit 15 (31): bit v of code 30 (31)
+       2 bits   vector v, bits 2j: code 16v + j, j < 16
+       scales   (tiles, groups, 16)
+
+   Row order, for all other tables: rows as stored, each padded to whole units; scales (N, groups).
+   Both start with a header: the numbers of weights of each code, int64[16], and whether products are to
+   be exact, int64.
+
+   Fixed point. A table becomes 16-bit integers of at most 4095, and so do the activations of a block
+   (a group, or 64 of a longer one), where the limit is 4095 * 128 / block:
+
+       |sum of a block| <= 4095 * (4095 * 128 / block) * block = 2,146,435,200 < 2^31
+
+   for blocks of 32 and 64, the only ones; partial sums are bounded by the same, in any order. (A limit
+   is at most 16,380, so it fits 16 bits, and two products fit 32.) So sums of blocks are exact, whatever
+   adds them. They are scaled and added in fp32 in the order of K, by a multiplication and an addition
+   (never fused): results do not depend on the instructions.
+   A row goes to a thread as a whole, so they do not depend on the number of threads either.
+
+   What fixed point cannot hold goes by the exact path: tokens with NaN, Inf or numbers out of range,
+   or whose rounding would lose more than a tolerance of their norm, and tables likewise.
+   There the weight is formed in fp32 and the sum is of fp32.
+*/
+#ifndef FLUTE_LUT_H
+#define FLUTE_LUT_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define TILE 16           /* rows */
+#define UNIT 32           /* codes of a row that fill whole words at any number of bits */
+#define MAX_BLOCK 64      /* codes of a row that are summed in integers */
+#define BUDGET 128        /* TABLE_LIMIT * TABLE_LIMIT * BUDGET < 2^31 */
+#define TABLE_LIMIT 4095  /* |entry| in fixed point */
+#define MAX_TOKENS 8      /* of one call */
+#define HEADER 192        /* bytes before the codes */
+#define HEADER_EXACT 128  /* where among them */
+#define TABLE_TOLERANCE 3e-4 /* relative norm of a table's rounding; nf at 4 bits: 1.9e-4 */
+#define TOKEN_TOLERANCE 2e-4 /* of a token's; Gaussian: 0.8e-4. Together at most 3.6e-4 */
+
+enum element { F32 = 0, BF16 = 1, F16 = 2 };
+
+typedef void (*range_fn)(int64_t first, int64_t last, void *context);
+/* As torch_parallel_for: calls `run` on ranges that cover [first, last); 0 is success. */
+typedef int (*parallel_fn)(int64_t first, int64_t last, int64_t grain, range_fn run, void *context);
+
+struct weight {
+  const uint8_t *codes;  /* in tile or row order, the header first */
+  const void *scales;
+  const float *tables;   /* (num_tables, 2**num_bits) */
+  const int64_t *ends;   /* of the ranges of rows that share a table; NULL: one table, or one a row */
+  int64_t N, K, group, num_tables;
+  int32_t num_bits, scale_type, by_rows;
+};
+
+struct tokens {
+  const void *x;     /* (M, K), rows x_stride elements apart */
+  const void *bias;  /* (N,) or NULL */
+  void *out;         /* (M, N), of the type of x */
+  int64_t M, x_stride;
+  int32_t x_type, bias_type;
+};
+
+/* What a kernel needs to know of its tiles. */
+struct tiles {
+  const uint8_t *codes, *scales;   /* of the first tile */
+  size_t code_bytes, scale_bytes;  /* of a tile */
+  const float *table;              /* rounded to the type of x */
+  const int16_t *fixed_table;
+  const float *x;                  /* (tokens, padded K) */
+  const int16_t *fixed_x;          /* (tokens, padded K), each in the variant's order */
+  const float *x_unit;             /* (tokens, blocks): what 1 in fixed_x stands for */
+  int64_t K, padded_K, group, block;
+  int num_bits, scale_type;
+};
+
+/* Weights of a tile's unit k / 32, table * scale: out[code of the unit][row]. */
+typedef void (*dense_fn)(const struct tiles *a, int64_t k, float out[UNIT][TILE]);
+
+/* sums[tile][token][row]; tokens is 1, 2, 4 or 8, but at most the variant's max_tokens. */
+typedef void (*tile_fn)(const struct tiles *a, int num_tiles, int tokens, float *sums);
+
+struct variant {
+  const char *name;
+  int (*usable)(void);
+  int max_tokens, transposed;  /* transposed: fixed_x is in the order of bytes; see order_x */
+  tile_fn fixed, exact;
+  dense_fn dense;
+};
+
+extern const struct variant flute_scalar, flute_avx2, flute_avx512, flute_neon;
+extern const struct variant *const flute_variants[]; /* those compiled, fastest first */
+
+static inline float from_bits(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
+static inline uint32_t to_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+
+static inline float from_f16(uint16_t h) {
+  uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7FFF;
+  if (rest >= 0x7C00) return from_bits(sign | 0x7F800000 | (rest & 0x3FF) << 13);
+  /* 2^112 rebiases the exponent and makes subnormal numbers normal. */
+  return from_bits(sign | to_bits(from_bits(rest << 13) * from_bits(0x77800000)));
+}
+
+static inline uint16_t to_f16(float f) {
+  uint32_t u = to_bits(f), sign = u >> 16 & 0x8000, rest = u & 0x7FFFFFFF;
+  if (rest > 0x7F800000) return (uint16_t)(sign | 0x7E00);
+  if (rest >= 0x477FF000) return (uint16_t)(sign | 0x7C00);
+  if (rest < 0x38800000)  /* subnormal: adding 0.5 leaves the digits of 2^-24 at the end */
+    return (uint16_t)(sign | (to_bits(from_bits(rest) + 0.5f) - 0x3F000000));
+  return (uint16_t)(sign | (rest - 0x38000000 + 0xFFF + (rest >> 13 & 1)) >> 13);
+}
+
+static inline uint16_t to_bf16(float f) {
+  uint32_t u = to_bits(f);
+  if ((u & 0x7FFFFFFF) > 0x7F800000) return (uint16_t)(u >> 16 | 0x40);
+  return (uint16_t)((u + 0x7FFF + (u >> 16 & 1)) >> 16);
+}
+
+static inline float load(const void *p, int64_t i, int type) {
+  if (type == F32) { float f; memcpy(&f, (const char *)p + 4 * i, 4); return f; }
+  uint16_t h;
+  memcpy(&h, (const char *)p + 2 * i, 2);
+  return type == BF16 ? from_bits((uint32_t)h << 16) : from_f16(h);
+}
+
+static inline void store(void *p, int64_t i, int type, float f) {
+  uint16_t h;
+  if (type == F32) { memcpy((char *)p + 4 * i, &f, 4); return; }
+  h = type == BF16 ? to_bf16(f) : to_f16(f);
+  memcpy((char *)p + 2 * i, &h, 2);
+}
+
+static inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+static inline int64_t padded(int64_t K) { return round_up(K, UNIT); }
+static inline int64_t block_of(int64_t group) { return group < MAX_BLOCK ? padded(group) : MAX_BLOCK; }
+static inline size_t element_bytes(int type) { return type == F32 ? 4 : 2; }
+
+/* The codes of a row's unit: words[v] is the row's word of vector v. */
+static inline void unpack_unit(const uint32_t *words, int num_bits, uint8_t codes[UNIT]) {
+  if (num_bits == 4)
+    for (int k = 0; k < UNIT; k++) codes[k] = words[k / 8] >> (4 * (k % 8 / 2) + 16 * (k & 1)) & 15;
+  else if (num_bits == 2)
+    for (int k = 0; k < UNIT; k++) codes[k] = words[k / 16] >> 2 * (k % 16) & 3;
+  else {
+    for (int k = 0; k < 30; k++) codes[k] = words[k / 10] >> (3 * (k % 10 / 2) + 16 * (k & 1)) & 7;
+    for (int h = 0; h < 2; h++) {
+      int bit = 15 + 16 * h;
+      codes[30 + h] = (words[0] >> bit & 1) | (words[1] >> bit & 1) << 1 | (words[2] >> bit & 1) << 2;
+    }
+  }
+}
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define FLUTE_X86 1
+#endif
+#if defined(__aarch64__)
+#define FLUTE_ARM 1
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+#endif

@@ -1,0 +1,154 @@
+"""Compiling the CPU kernels: finding a compiler, failures, the cache's contract."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from helpers import python, run_python
+
+from flute.cpu import build
+from flute.errors import UnsupportedProblemError
+from flute.jit.compiler import KernelCompileError
+
+CC = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+needs_compiler = pytest.mark.skipif(CC is None, reason="no C compiler")
+
+
+@pytest.fixture
+def one_file(tmp_path, monkeypatch):
+    """A library of one function in place of the kernels: compiling those takes seconds."""
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    (folder / "one.c").write_text("int flute_multiply(void) { return 7; }\n")
+    monkeypatch.setattr(build, "KERNELS", folder)
+    return folder
+
+
+def fake_compiler(folder: Path, script: str) -> Path:
+    path = folder / "fakecc"
+    path.write_text("#!/bin/sh\n" + script)
+    path.chmod(0o755)
+    return path
+
+
+@needs_compiler
+def test_compiled_once_then_read(one_file, tmp_path, monkeypatch):
+    assert build.load(tmp_path / "cache").flute_multiply() == 7
+    (library,) = (tmp_path / "cache").glob("*.so")
+    assert (tmp_path / "cache" / f"{library.stem}.c").read_text().count("return 7") == 1
+    monkeypatch.setattr(build, "_compile", None)
+    assert build.load(tmp_path / "cache").flute_multiply() == 7
+    (one_file / "one.c").write_text("int flute_multiply(void) { return 8; }\n")
+    with pytest.raises(TypeError):  # another text is another key
+        build.load(tmp_path / "cache")
+
+
+@needs_compiler
+def test_a_corrupt_library_is_compiled_again(one_file, tmp_path):
+    build.load(tmp_path / "cache")
+    (library,) = (tmp_path / "cache").glob("*.so")
+    library.write_bytes(library.read_bytes()[:100])
+    with pytest.warns(UserWarning, match=r"\.so` is corrupt; it is compiled again"):
+        assert build.load(tmp_path / "cache").flute_multiply() == 7
+    assert build.load(tmp_path / "cache").flute_multiply() == 7
+
+
+@needs_compiler
+def test_a_folder_that_cannot_be_written(one_file, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match=r"cannot be written .* Set FLUTE_CACHE_DIR"):
+        assert build.load(tmp_path / "file" / "cache").flute_multiply() == 7
+
+
+def test_the_users_compiler_counts_first(tmp_path, monkeypatch):
+    path = fake_compiler(tmp_path, "exit 0\n")
+    monkeypatch.setenv("CC", f"{path} -march=armv9-a")
+    assert build.compiler() == [str(path), "-march=armv9-a"]
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UnsupportedProblemError, match="CC=no-such-compiler is not to be found"):
+        build.compiler()
+
+
+def test_a_compiler_that_fails_is_quoted(one_file, tmp_path, monkeypatch):
+    script = 'case "$*" in *--version*) echo 1;; *) echo "error: no"; exit 3;; esac\n'
+    monkeypatch.setenv("CC", str(fake_compiler(tmp_path, script)))
+    with pytest.raises(KernelCompileError, match=r"(?s)exit code 3\. Log:\nerror: no.*Source kept"):
+        build.load(tmp_path / "cache")
+    assert list((tmp_path / "cache" / "failed").glob("*.c"))
+    assert not list((tmp_path / "cache").glob("*.json"))
+
+
+def test_a_library_that_cannot_be_loaded_is_told():
+    with pytest.raises(UnsupportedProblemError, match="is the C compiler one for this CPU"):
+        build._load_bytes(b"not a library")
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from flute.cpu import build
+build.KERNELS = Path(sys.argv[1])
+compile_ = build._compile
+def slow(command):
+    with open(sys.argv[3], "a") as file:
+        file.write("compiling\\n")
+    time.sleep(float(sys.argv[4]))
+    return compile_(command)
+build._compile = slow
+assert build.load(Path(sys.argv[2])).flute_multiply() == 7
+"""
+
+
+@needs_compiler
+def test_racing_processes_compile_once(one_file, tmp_path):
+    arguments = (one_file, tmp_path / "cache", tmp_path / "log", 0.5)
+    children = [python(CHILD, *arguments) for _ in range(3)]
+    for child in children:
+        output, _ = child.communicate(timeout=120)
+        assert child.returncode == 0, output
+    assert (tmp_path / "log").read_text() == "compiling\n"
+
+
+@needs_compiler
+def test_a_killed_writer_leaves_nothing_that_counts(one_file, tmp_path):
+    arguments = (one_file, tmp_path / "cache", tmp_path / "log")
+    child = python(CHILD, *arguments, 60)
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "log").exists():
+        assert time.monotonic() < deadline, "the child never compiled"
+        time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    run_python(CHILD, *arguments, 0)
+    assert (tmp_path / "log").read_text() == "compiling\n" * 2
+
+
+@needs_compiler
+def test_the_library_needs_nothing_of_python_or_torch(tmp_path):
+    library, nothing = build.load(), ctypes.c_int64(0)
+    assert library.flute_serial(nothing, nothing, nothing, None, None) == 0
+    headers = {
+        line.split()[1]
+        for path in build.KERNELS.glob("*.[ch]")
+        for line in path.read_text().splitlines()
+        if line.startswith("#include")
+    }
+    assert headers <= {
+        f"{mark[0]}{name}.h{mark[1]}"
+        for mark, names in {
+            "<>": ("stddef", "stdint", "string", "stdlib", "math", "stdatomic", "immintrin"),
+            '""': ("lut",),
+        }.items()
+        for name in (*names, "arm_neon")
+    }
+
+
+def test_importing_the_layer_loads_no_compiler():
+    code = "import sys, flute; assert 'flute.cpu.build' not in sys.modules; print('fine')"
+    assert run_python(code) == "fine\n"
