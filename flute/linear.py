@@ -150,7 +150,13 @@ class LutLinear(nn.Module):
         return layer
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set as `nn.Module` does; a parameter of the weight becomes a constant."""
+        """Set as `nn.Module` does; a parameter of the weight becomes a constant.
+
+        Before accelerate hooks the layer, which sets ``_old_forward`` first, its weight is put as
+        it is stored: the hooks bring tensors of the state dict.
+        """
+        if name == "_old_forward":
+            self.to_plain_order()
         if name in TENSOR_NAMES and isinstance(value, nn.Parameter):
             Constant.of(value)
             self._ready.clear()

@@ -351,3 +351,18 @@ def test_without_a_compiler_torch_multiplies_and_one_warning_says_so(tmp_path):
     assert out.count("slow path (PyTorch, in float32)") == 1
     assert "no C compiler (cc, gcc or clang) is on PATH; CC=no-such-compiler is not to be" in out
     assert len(out.splitlines()) == 1
+
+
+def test_accelerate_may_offload_a_layer_that_has_run():
+    """It brings back what the state dict holds, so the parameters must have that shape."""
+    from accelerate import cpu_offload
+
+    weight = random_weight(32, 256, QuantSpec(4, 64))
+    model = torch.nn.Sequential(LutLinear.from_quantized(weight))
+    x = torch.randn(3, 256, generator=generator(0))
+    expected = model(x)
+    assert model[0].cpu_order
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model[0].codes.device.type == "meta"
+    assert model[0].codes.shape == (32, 32)
+    assert relative_error(model(x), expected.double()) < 5e-4
