@@ -221,7 +221,8 @@ def _plans(problem: Problem, gpu: Gpu) -> Iterator[BatchPlan]:
             elif short:
                 shapes = [shape]
             else:
-                shapes = [shape, replace(shape, batch=4, buffers=2, sum_buffers=1)]
+                plain = replace(shape, buffers=2, sum_buffers=1)
+                shapes = [shape, replace(plain, batch=4), plain]
             if group_size == 0 or group_size >= 64:
                 shapes += [replace(s, running=2) for s in shapes if s.buffers == 4]
             for fitted in shapes:
