@@ -44,7 +44,8 @@ class BatchConfig:
 
     def source(self) -> str:
         """Return the CUDA C++ text whose only instantiation is this kernel."""
-        members = constants_of(self) + self._wgmma()
+        smem = f"  static constexpr int smem_bytes = {self.smem_bytes};\n"  # checked there
+        members = constants_of(self) + smem + self._wgmma()
         return f'#include "batch.cuh"\nstruct Config {{\n{members}}};\n'
 
     def _wgmma(self) -> str:
@@ -72,7 +73,7 @@ class BatchConfig:
 
     @property
     def smem_bytes(self) -> int:
-        """Dynamic shared memory of a block, in bytes; the same sum as batch.cuh's."""
+        """Dynamic shared memory of a block, in bytes; the same sum as batch_traits.cuh's."""
         warps = 4 * self.warpgroups
         x = self.x_stages * self.x_panel * self.tokens * 128
         table = warps * (128 << self.num_bits) if self.row_tables else _TABLE_BYTES[self.num_bits]
@@ -113,6 +114,8 @@ def supports(plan: BatchPlan, m: int, n: int, k: int, gpu: Gpu) -> str:
         return "no tokens"
     if c.tokens not in TOKENS:
         return f"tokens={c.tokens} must be one of {TOKENS}"
+    if c.warpgroups not in _BUSY:
+        return f"warpgroups={c.warpgroups} must be one of {tuple(_BUSY)}"
     if k % 32 or (c.group_size and k % c.group_size):
         return f"K={k} must be a multiple of 32 and of group_size={c.group_size}"
     if c.group_size >= k:

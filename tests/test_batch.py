@@ -51,6 +51,7 @@ def test_other_gpus_have_none(gpu):
     ("changes", "k", "rule"),
     [
         ({"tokens": 40}, 4096, r"tokens=40 must be one of"),
+        ({"warpgroups": 5}, 4096, r"warpgroups=5 must be one of"),
         ({}, 4000, r"K=4000 must be a multiple of 32 and of group_size=128"),
         ({}, 128, r"group_size=128 is the whole row of K=128"),
         ({"cluster": 8}, 1024, r"K=1024 has fewer panels of 256 than cluster=8 blocks"),

@@ -87,7 +87,7 @@ def test_batch_params(M, ends, N, num_ranges, range_end):
     problem = launchers.problem_of(weight, M, torch.float16)
     plan = next(p for p in plans_of(problem, Gpu()) if isinstance(p, BatchPlan))
     launcher = launchers.product_of(1, plan, problem, Gpu(), ends).launcher
-    members = fields("batch.cuh", "BatchParams")
+    members = fields("batch_traits.cuh", "BatchParams")
     assert [name for name, _ in members[:5]] == ["packed", "scales", "table", "bias", "out"]
     assert launcher.slots == tuple(range(128, 168, 8))
     params = unpack(launcher.params[128:], members, 5)

@@ -14,7 +14,7 @@ namespace flute {
 // blocks, where keeping x would save little and phases of K would cost more.
 enum XSource : int { kXShared = 0, kXGlobal = 1, kXRegisters = 2, kXStreamed = 3 };
 
-// Passed by value; flute/jit/launch.py packs the same fields in the same order.
+// Passed by value; flute/launchers.py packs the same fields in the same order.
 struct DecodeParams {
   const void* x;       // (M, K), activations' dtype, 16-byte aligned
   const void* packed;  // (tiles, num_chunks, chunk bytes)

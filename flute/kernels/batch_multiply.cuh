@@ -1,0 +1,241 @@
+// A consumer warpgroup of a batch kernel: words -> fragments -> wgmma -> sums in registers.
+#pragma once
+#include "batch_schedule.cuh"
+#include "hopper.cuh"
+
+namespace flute {
+
+// The table of one range of rows, spread by all threads of a group.
+template <class D>
+FLUTE_DEVICE void build_table(u32 smem_table, const BatchParams& p, int range, int num_threads) {
+  const float* tables = static_cast<const float*>(p.table) + (range << D::kBits);
+  D::Steps::template build<typename D::Act>(smem_table, tables, threadIdx.x, num_threads);
+}
+
+// Table per row: the lane's own rows g and g + 8, an entry the pair of their values, 128 bytes
+// apart. Why one code at a time: pair tables of all tiles in flight do not fit shared memory.
+template <class D>
+FLUTE_DEVICE void build_row_table(u32 smem_table, const float* tables, int row, int num_rows,
+                                  int lane) {
+  const int lo = min(row + (lane >> 2), num_rows - 1),
+            hi = min(row + 8 + (lane >> 2), num_rows - 1);
+#pragma unroll 4
+  for (int e = 0; e < 1 << D::kBits; e++) {
+    const u32 v0 = D::Act::from_float(
+                  ptx::ld_global_nc_f32(tables + (static_cast<long long>(lo) << D::kBits) + e)),
+              v1 = D::Act::from_float(
+                  ptx::ld_global_nc_f32(tables + (static_cast<long long>(hi) << D::kBits) + e));
+    ptx::st_shared_u32(smem_table + e * 128 + lane * 4, v0 | v1 << 16);
+  }
+}
+
+// A pass of one consumer warpgroup: its unit's sums over the panels of this block.
+template <class Config>
+struct Consumer {
+  using D = Batch<Config>;
+  static constexpr int kAcc = D::kTokens / 2, kSums = D::kScaleSums ? kAcc : 1;
+  static constexpr int kUnits = D::kUnits ? D::kUnits : 1;
+  // Scales that weights are multiplied by: pairs in the activations' dtype, or fp32 where that
+  // would round them.
+  static constexpr bool kSameDtype = Config::dtype == Config::scale_dtype;
+
+  const BatchParams& p;
+  typename D::Ring& ring;
+  Feed<D>& feed;
+  const Panels panels;
+  const u32 smem, x_full, x_empty, table, offset;
+  const int lane;
+  u32 x_stage = 0, x_parity = 0;
+
+  FLUTE_DEVICE void release(u32 stage) const {
+    if (ptx::elect_one()) ptx::mbarrier_arrive(x_empty + stage * 8);
+  }
+
+  FLUTE_DEVICE void advance() {
+    if (++x_stage == D::kXStages) {
+      x_stage = 0;
+      x_parity ^= 1;
+    }
+  }
+
+  // A warpgroup with nothing to do in this pass still hands the stages of x back.
+  FLUTE_DEVICE void idle() {
+    for (int i = 0; i < panels.count * (D::kPanel / D::kXPanel); i++) {
+      ptx::mbarrier_wait_long(x_full + x_stage * 8, x_parity);
+      release(x_stage);
+      advance();
+    }
+  }
+
+  static FLUTE_DEVICE u32 scale_pair(u32 a, u32 scale) {
+    if constexpr (kSameDtype) return D::Act::multiply2(a, scale);
+    const float s = __uint_as_float(scale);
+    const u32 lo = D::Act::from_float(D::Act::to_float(static_cast<u16>(a)) * s),
+              hi = D::Act::from_float(D::Act::to_float(static_cast<u16>(a >> 16)) * s);
+    return lo | hi << 16;
+  }
+
+  // Scales of a slot, rows g and g + 8 of each unit: fp32 bits, or pairs (scale_pair).
+  FLUTE_DEVICE void load_scales(u32 (&scale)[kUnits][2], u32 slot) const {
+#pragma unroll
+    for (int u = 0; u < D::kUnits; u++) {
+      const u32 address = slot + D::kWeightBytes + ((lane >> 2) * 2 + u * 16) * D::Scale::kBytes;
+      if constexpr (D::kScaleWeights && kSameDtype) {
+        const u32 s = ptx::ld_shared(address);
+        scale[u][0] = __byte_perm(s, s, 0x1010);
+        scale[u][1] = __byte_perm(s, s, 0x3232);
+      } else {
+        float lo, hi;
+        D::Scale::load_pair(lo, hi, address);
+        scale[u][0] = __float_as_uint(lo);
+        scale[u][1] = __float_as_uint(hi);
+      }
+    }
+  }
+
+  // All of them are in registers here. Why: lookups are free to move, and one between two wgmma
+  // makes ptxas run these one by one.
+  static FLUTE_DEVICE void pin(u32 (&a)[D::kBatch][4]) {
+#pragma unroll
+    for (int st = 0; st < D::kBatch; st++)
+      asm volatile("" : "+r"(a[st][0]), "+r"(a[st][1]), "+r"(a[st][2]), "+r"(a[st][3])::"memory");
+  }
+
+  // Start the lookups of batch `idx` of a panel.
+  FLUTE_DEVICE void look_up(u32 (&frag)[D::kBatch][4], const u32 (&bytes)[D::Steps::kWords],
+                            int idx) const {
+#pragma unroll
+    for (int i = 0; i < D::kBatch; i++)
+      D::Steps::template fragments<D::kRowTables>(frag[i], bytes, (idx * D::kBatch + i) % 4, table,
+                                                  offset);
+  }
+
+  FLUTE_DEVICE void scale_weights(u32 (&frag)[D::kBatch][4], const u32 (&scale)[kUnits][2],
+                                  int idx) const {
+    if constexpr (D::kScaleWeights)
+#pragma unroll
+      for (int i = 0; i < D::kBatch; i++)
+#pragma unroll
+        for (int r = 0; r < 4; r++)
+          frag[i][r] = scale_pair(frag[i][r], scale[(idx * D::kBatch + i) / D::kUnitSteps][r % 2]);
+  }
+
+  FLUTE_DEVICE void run(float (&acc)[kAcc]) {
+    constexpr int kPerChunk = 4 / D::kBatch, kPerPanel = D::kPanel * kPerChunk;
+    float sum[D::kSumBuffers][kSums];
+    float sum_scale[D::kSumBuffers][2];  // of the group in `sum`: rows g and g + 8
+#pragma unroll
+    for (int b = 0; b < D::kSumBuffers; b++) {
+      sum_scale[b][0] = sum_scale[b][1] = 0.f;
+#pragma unroll
+      for (int i = 0; i < kSums; i++) sum[b][i] = 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < kAcc; i++) acc[i] = 0.f;
+    const auto add_sums = [&](int b) {
+#pragma unroll
+      for (int i = 0; i < kSums; i++) acc[i] += sum_scale[b][i / 2 % 2] * sum[b][i];
+    };
+
+    u32 a[D::kBuffers][D::kBatch][4], words[D::Table::kWords], bytes[D::Steps::kWords],
+        scale[kUnits][2];
+    u32 previous = 0;  // stage of x that the wgmma still running may read
+    u32 slot = ring.wait();
+    D::Table::load(words, slot, lane);
+    load_scales(scale, slot);
+    D::Steps::split(bytes, words);
+    if constexpr (D::kAhead) look_up(a[0], bytes, 0);
+#pragma unroll 1
+    for (int panel = 0; panel < panels.count; panel++) {
+      const bool more = panel + 1 < panels.count;
+      const u32 stage = ring.stage;
+      u32 x = 0;
+#pragma unroll
+      for (int idx = 0; idx < kPerPanel; idx++) {
+        const int j = idx / kPerChunk;
+        // The next chunk's words are on their way while this one is looked up.
+        if (idx % kPerChunk == 0) {
+          if (j < D::kPanel - 1) {
+            D::Table::load(words, slot + (j + 1) * D::Table::kChunkBytes, lane);
+          } else {
+            ring.advance();
+            if (more) {
+              slot = ring.wait();
+              D::Table::load(words, slot, lane);
+            }
+          }
+        }
+        const bool last = (idx + 1) % kPerChunk == 0;  // of the chunk
+        u32(&frag)[D::kBatch][4] = a[idx % D::kBuffers];
+        if constexpr (D::kAhead) {
+          if (last) D::Steps::split(bytes, words);
+          if (idx + 1 < kPerPanel || more)
+            look_up(a[(idx + 1) % D::kBuffers], bytes, (idx + 1) % kPerPanel);
+        } else {
+          look_up(frag, bytes, idx);
+          if (last) D::Steps::split(bytes, words);
+        }
+        if (idx % (D::kXPanel * kPerChunk) == 0) {
+          if (idx > 0) advance();
+          ptx::mbarrier_wait(x_full + x_stage * 8, x_parity);
+          x = ptx::wgmma_descriptor_low(smem + x_stage * D::kXStageBytes);
+        }
+        scale_weights(frag, scale, idx);
+        pin(frag);
+        const bool begins = idx * D::kBatch % D::kUnitSteps == 0;  // a group
+        const int unit = idx * D::kBatch / D::kUnitSteps, b = unit % D::kSumBuffers;
+        if constexpr (D::kScaleSums) {
+          if (begins) {
+            if (D::kSumBuffers == 1) {
+              ptx::wgmma_wait<0>();
+              add_sums(0);
+            }
+            sum_scale[b][0] = __uint_as_float(scale[unit][0]);
+            sum_scale[b][1] = __uint_as_float(scale[unit][1]);
+          }
+        }
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < D::kBatch; i++) {
+          const u64 descriptor = ptx::wgmma_descriptor(
+              x + ((j % D::kXPanel * D::kXChunkBytes) >> 4) + (idx * D::kBatch + i) % 4 * 2);
+          if constexpr (D::kScaleSums)
+            Config::wgmma(sum[b], frag[i], descriptor, !(begins && i == 0));
+          else
+            Config::wgmma(acc, frag[i], descriptor, true);
+        }
+        ptx::wgmma_commit();
+        if (idx + 1 == kPerPanel) {  // the slot is in registers: refill it
+          __syncwarp();
+          feed.fill(ring, stage, p, lane);
+          if (more) load_scales(scale, slot);
+        }
+        // At most so many batches still run: the others' fragments, sums and x are free. Why one at
+        // the end: ptxas does not see across the loop's.
+        if (idx + 1 < kPerPanel)
+          ptx::wgmma_wait<D::kRunning>();
+        else
+          ptx::wgmma_wait<1>();
+        constexpr int kNewest = D::kRunning - 1;  // batches since which the one before is done
+        if constexpr (D::kScaleSums && D::kSumBuffers == 2) {
+          if (idx > kNewest && idx * D::kBatch % D::kUnitSteps == kNewest * D::kBatch)
+            add_sums(b ^ 1);
+          if (idx + 1 == kPerPanel) {
+            ptx::wgmma_wait<0>();
+            add_sums(b);
+          }
+        }
+        if (idx % (D::kXPanel * kPerChunk) == kNewest) {
+          if (idx >= kPerChunk || panel > 0) release(previous);
+          previous = x_stage;
+        }
+      }
+      advance();
+    }
+    ptx::wgmma_wait<0>();
+    if constexpr (D::kScaleSums && D::kSumBuffers == 1) add_sums(0);
+    release(previous);
+  }
+};
+
+}  // namespace flute

@@ -1,0 +1,98 @@
+// Who does what in a batch kernel, in which order: a cluster's units by passes, a block's part of
+// K, the sequence of a warp's slots.
+#pragma once
+#include "batch_traits.cuh"
+
+namespace flute {
+
+// The units of a cluster, a pass at a time.
+template <class D>
+struct Passes {
+  int unit, end, num_blocks;
+  int block, count, token_tile;  // of the current pass: its first block of rows, how many, tokens
+
+  FLUTE_DEVICE explicit Passes(const BatchParams& p) {
+    const int cluster = blockIdx.x / D::kCluster, num_clusters = gridDim.x / D::kCluster;
+    num_blocks = (p.shape_n + 63) / 64;
+    const long long units = static_cast<long long>(num_blocks) * p.num_token_tiles;
+    unit = static_cast<int>(units * cluster / num_clusters);
+    end = static_cast<int>(units * (cluster + 1) / num_clusters);
+    set(p);
+  }
+
+  FLUTE_DEVICE bool done() const { return unit >= end; }
+
+  // The table of the current pass.
+  FLUTE_DEVICE int range(const BatchParams& p) const {
+    int i = 0;
+    while (i + 1 < p.num_ranges && block * 4 >= p.range_end[i]) i++;
+    return i;
+  }
+
+  // Why evenly: of 5 units, 3 + 2 keep more warpgroups busy than 4 + 1.
+  FLUTE_DEVICE void set(const BatchParams& p) {
+    token_tile = unit / num_blocks;
+    block = unit - token_tile * num_blocks;
+    int left = min(end - unit, num_blocks - block);
+    if (!D::kRowTables && p.num_ranges > 1)  // a pass is of one table
+      left = min(left, (p.range_end[range(p)] + 3) / 4 - block);
+    const int num_passes = (left + D::kWarpgroups - 1) / D::kWarpgroups;
+    count = num_passes > 0 ? (left + num_passes - 1) / num_passes : 0;
+  }
+
+  FLUTE_DEVICE void next(const BatchParams& p) {
+    unit += count;
+    set(p);
+  }
+};
+
+// Panels of K of this block: a rank's share of the cluster's.
+struct Panels {
+  int begin, count;
+  template <class D>
+  static FLUTE_DEVICE Panels of(const BatchParams& p, u32 rank) {
+    const int all = p.num_chunks / D::kPanel, begin = all * static_cast<int>(rank) / D::kCluster;
+    return {begin, all * static_cast<int>(rank + 1) / D::kCluster - begin};
+  }
+};
+
+// Walks a consumer warp's slots in the order of use and fills its ring.
+template <class D>
+struct Feed {
+  Passes<D> passes;
+  const Panels panels;
+  const int warp;
+  u32 chunk = 0;
+  int left = 0;  // panels of the current unit
+
+  FLUTE_DEVICE Feed(const BatchParams& p, const Panels& panels, int warp)
+      : passes(p), panels(panels), warp(warp) {
+    begin_unit(p);
+  }
+
+  FLUTE_DEVICE void begin_unit(const BatchParams& p) {
+    while (!passes.done() && warp / 4 >= passes.count) passes.next(p);
+    if (passes.done()) return;
+    // Rows past N: any tile will do, they are not stored.
+    const int tile = min((passes.block + warp / 4) * 4 + warp % 4, (p.shape_n - 1) / 16);
+    chunk = static_cast<u32>(tile) * p.num_chunks + panels.begin * D::kPanel;
+    left = panels.count;
+  }
+
+  FLUTE_DEVICE void fill(typename D::Ring& ring, u32 stage, const BatchParams& p, int lane) {
+    const bool wanted = left > 0;
+    const u8* weights =
+        static_cast<const u8*>(p.packed) + static_cast<u64>(chunk) * D::Table::kChunkBytes;
+    const u8* scales = static_cast<const u8*>(p.scales) +
+                       static_cast<u64>(chunk * 4 / D::kGroupSteps) * (16 * D::Scale::kBytes);
+    ring.fill(stage, weights, scales, wanted, lane, 0);
+    if (!wanted) return;
+    chunk += D::kPanel;
+    if (--left == 0) {
+      passes.next(p);
+      begin_unit(p);
+    }
+  }
+};
+
+}  // namespace flute

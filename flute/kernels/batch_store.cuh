@@ -1,0 +1,102 @@
+// From a warpgroup's sums to `out`: transposed through shared memory, summed over a cluster's ranks
+// in their order, scaled (one scale per row), biased, rounded.
+#pragma once
+#include "batch_traits.cuh"
+#include "hopper.cuh"
+
+namespace flute {
+
+// Sums of a warpgroup's unit -> out.
+template <class D>
+struct Epilogue {
+  static constexpr int kAcc = D::kTokens / 2;
+  const BatchParams& p;
+  u32 partials, ready, read, rank;
+  int warpgroup, lane, thread;  // of the warpgroup
+  u32 parity = 0;
+
+  FLUTE_DEVICE void sync() const { ptx::named_barrier(1 + warpgroup, 128); }
+
+  FLUTE_DEVICE void run(const float (&acc)[kAcc], int block, int token_tile) {
+    const int g = lane >> 2, q = lane & 3, row = (thread / 32) * 16 + g;
+#pragma unroll
+    for (int slab = 0; slab < D::kTokens / D::kSlab; slab++) {
+      if (token_tile * D::kTokens + slab * D::kSlab >= p.shape_m) break;
+      if constexpr (D::kCluster > 1)  // the other ranks have read the last slab
+        ptx::mbarrier_wait_cluster(read, parity ^ 1);
+#pragma unroll
+      for (int j = 0; j < D::kSlab / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          ptx::st_shared_f32(
+              partials + ((j * 8 + q * 2 + (i & 1)) * D::kPartialStride + row + (i >> 1) * 8) * 4,
+              acc[(slab * D::kSlab / 8 + j) * 4 + i]);
+      sync();
+      if constexpr (D::kCluster > 1) {
+        if (thread < D::kCluster) ptx::mbarrier_arrive_cluster(ptx::mapa(ready, thread));
+        ptx::mbarrier_wait_cluster(ready, parity);
+      }
+      const int first = D::kCluster > 1 ? thread * D::kCluster + static_cast<int>(rank) : thread;
+#pragma unroll 1
+      for (int i = first; i < D::kSlab * 8; i += 128 * D::kCluster)
+        store(i, block, token_tile * D::kTokens + slab * D::kSlab + i / 8);
+      sync();
+      if constexpr (D::kCluster > 1) {
+        if (thread < D::kCluster) ptx::mbarrier_arrive_cluster(ptx::mapa(read, thread));
+        parity ^= 1;
+      }
+    }
+  }
+
+  // 8 rows of one token.
+  FLUTE_DEVICE void store(int i, int block, int token) const {
+    if (token >= p.shape_m) return;
+    const int n = block * 64 + i % 8 * 8;
+    if (n >= p.shape_n) return;
+    const u32 at = partials + (i / 8 * D::kPartialStride + i % 8 * 8) * 4;
+    float v[8];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      float part[4];
+      if constexpr (D::kCluster > 1) {
+        ptx::ld_cluster_v4_f32(part, ptx::mapa(at + h * 16, 0));
+#pragma unroll 1  // the sums of later slabs still need their registers
+        for (int r = 1; r < D::kCluster; r++) {
+          float other[4];
+          ptx::ld_cluster_v4_f32(other, ptx::mapa(at + h * 16, r));
+#pragma unroll
+          for (int j = 0; j < 4; j++) part[j] += other[j];
+        }
+      } else {
+        u32 bits[4];
+        ptx::ld_shared_v4(bits, at + h * 16);
+#pragma unroll
+        for (int j = 0; j < 4; j++) part[j] = __uint_as_float(bits[j]);
+      }
+#pragma unroll
+      for (int j = 0; j < 4; j++) v[h * 4 + j] = part[j];
+    }
+    u16* out = static_cast<u16*>(p.out) + static_cast<long long>(token) * p.shape_n + n;
+    const int count = min(8, p.shape_n - n);
+    u32 packed[4];
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      float sum = v[j];
+      if (j < count) {
+        if constexpr (D::kGroup == 0) sum *= D::Scale::load_global(p.scales, n + j);
+        if (p.bias != nullptr) sum += D::Act::load_global(p.bias, n + j);
+      }
+      const u32 half = D::Act::from_float(sum);
+      packed[j / 2] = j % 2 ? packed[j / 2] | half << 16 : half;
+    }
+    if (p.shape_n % 8 == 0) {
+      ptx::st_global_v4(out, packed);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 8; j++)
+        if (j < count) ptx::st_global_u16(out + j, static_cast<u16>(packed[j / 2] >> (j % 2 * 16)));
+    }
+  }
+};
+
+}  // namespace flute
