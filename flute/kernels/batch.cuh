@@ -115,7 +115,7 @@ FLUTE_DEVICE void consume(const BatchParams& p, typename Batch<Config>::Ring& ri
     epilogue.run(acc, block, passes.token_tile);
   }
   // A block must not leave while another of its cluster reads its sums.
-  if constexpr (D::kCluster > 1) ptx::mbarrier_wait_cluster(epilogue.read, epilogue.parity ^ 1);
+  if constexpr (D::kCluster > 1) ptx::cluster_sync();
 }
 
 template <class Config>
@@ -146,8 +146,8 @@ __global__ void __launch_bounds__(Batch<Config>::kThreads, 1)
       ptx::mbarrier_init(x_empty + i * 8, D::kWarps);
     }
     for (int i = 0; i < D::kWarpgroups; i++) {
-      ptx::mbarrier_init(barriers + (D::kReady + i) * 8, D::kCluster);
-      ptx::mbarrier_init(barriers + (D::kRead + i) * 8, D::kCluster);
+      ptx::mbarrier_init(barriers + (D::kReady + i) * 8, 128 * D::kCluster);
+      ptx::mbarrier_init(barriers + (D::kRead + i) * 8, 128 * D::kCluster);
     }
     ptx::fence_mbarrier_init();
   }

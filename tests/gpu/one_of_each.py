@@ -10,7 +10,9 @@ product is wrong.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -18,6 +20,7 @@ from flute import cuda, launchers, plans
 from flute.config import Gpu, Problem
 from flute.device import gpu_of
 from flute.format import PackedWeight, QuantSpec
+from flute.jit.cache import load_or_compile
 from flute.kernel_order import order_codes, order_scales
 from flute.plans import AnyPlan, BatchPlan, KernelPlan, Plan
 
@@ -50,29 +53,45 @@ def kinds_of(problem: Problem, gpu: Gpu) -> list[KernelPlan]:
     return list(found.values())
 
 
+def runs_of(weights: list[PackedWeight], gpu: Gpu) -> list[tuple[PackedWeight, int, KernelPlan]]:
+    """What to run: each kernel once, for the first weight and number of tokens that it suits."""
+    runs: dict[object, tuple[PackedWeight, int, KernelPlan]] = {}
+    for weight in weights:
+        for M in sorted({m for ms in M_OF_KERNELS.values() for m in ms}):
+            problem = launchers.problem_of(weight, M, torch.float16)
+            for plan in kinds_of(problem, gpu):
+                kernel = (launchers.source_of(plan), len(weight.table_ends) > 1)
+                runs.setdefault(kernel, (weight, M, plan))
+    return list(runs.values())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--clusters", action="store_true", help="only kernels of clusters")
     args = parser.parse_args()
     torch.manual_seed(0)
-    gpu, wrong, ran = gpu_of(DEVICE), 0, 0
-    for num_bits in args.bits:
-        for tables in ("one", "row", "ranges"):
-            weight = weight_of(QuantSpec(num_bits, 128), tables)
-            dense = cuda.dequantize(weight, torch.float16).double()
-            for M in sorted({m for ms in M_OF_KERNELS.values() for m in ms}):
-                problem = launchers.problem_of(weight, M, torch.float16)
-                x = torch.randn(M, K, device=DEVICE).half()
-                exact = x.double() @ dense.T
-                for plan in kinds_of(problem, gpu):
-                    launchers._products.clear()
-                    out = multiply(x, weight, plan)
-                    error = ((out.double() - exact).norm() / exact.norm()).item()
-                    ran += 1
-                    if not error < 2e-3:
-                        wrong += 1
-                        sys.stdout.write(f"wrong by {error:.1e}: M={M}, {tables}, {plan}\n")
-    sys.stdout.write(f"{ran} kernels ran, {wrong} were wrong\n")
+    gpu, wrong = gpu_of(DEVICE), 0
+    weights = [
+        weight_of(QuantSpec(num_bits, 128), tables)
+        for num_bits in args.bits
+        for tables in ("one", "row", "ranges")
+    ]
+    runs = [r for r in runs_of(weights, gpu) if r[2].config.cluster > 1 or not args.clusters]
+    sources = {launchers.source_of(plan) for _, _, plan in runs}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda source: load_or_compile(source, gpu.arch), sources))
+    for weight, M, plan in runs:
+        launchers._products.clear()
+        x = torch.randn(M, K, device=DEVICE).half()
+        exact = x.double() @ cuda.dequantize(weight, torch.float16).double().T
+        out = multiply(x, weight, plan)
+        error = ((out.double() - exact).norm() / exact.norm()).item()
+        if not error < 2e-3:
+            wrong += 1
+            tables = "ranges" if weight.table_ends else weight.table.shape[0]
+            sys.stdout.write(f"wrong by {error:.1e}: M={M}, tables {tables}, {plan}\n")
+    sys.stdout.write(f"{len(runs)} kernels ran, {wrong} were wrong\n")
     return int(wrong > 0)
 
 
