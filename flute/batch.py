@@ -41,6 +41,8 @@ class BatchConfig:
     x_stages: int = 3  # stages of x in flight
     cluster: int = 1  # blocks that split K
     scale_sums: bool = True  # scales multiply sums, in fp32; else weights, which are rounded
+    split_k: bool = False  # warpgroups split K by panels; else each takes 64 rows of its own
+    units: int = 1  # with split_k: 64-row blocks that are summed at a time
 
     def source(self) -> str:
         """Return the CUDA C++ text whose only instantiation is this kernel."""
@@ -75,11 +77,16 @@ class BatchConfig:
     def smem_bytes(self) -> int:
         """Dynamic shared memory of a block, in bytes; the same sum as batch_traits.cuh's."""
         warps = 4 * self.warpgroups
-        x = self.x_stages * self.x_panel * self.tokens * 128
-        table = warps * (128 << self.num_bits) if self.row_tables else _TABLE_BYTES[self.num_bits]
-        slab = 32 if self.tokens % 32 == 0 else min(self.tokens, 16 if self.tokens > 32 else 24)
+        shares, groups = (self.warpgroups, 1) if self.split_k else (1, self.warpgroups)
+        x = shares * self.x_stages * self.x_panel * self.tokens * 128
+        tables = 4 * self.units if self.split_k else warps
+        table = tables * (128 << self.num_bits) if self.row_tables else _TABLE_BYTES[self.num_bits]
+        if self.tokens % 32 == 0 and not self.split_k:
+            slab = 32
+        else:
+            slab = 16 if self.tokens > 32 or self.tokens % 16 == 0 else self.tokens
         partials = self.warpgroups * slab * (BLOCK_N + 4) * 4
-        barriers = warps * self.stages + 2 * self.x_stages + 2 * self.warpgroups
+        barriers = warps * self.stages + 2 * shares * self.x_stages + 2 * groups
         return x + table + warps * self.stages * self.slot_bytes + partials + 8 * barriers
 
     @property
@@ -124,6 +131,8 @@ def supports(plan: BatchPlan, m: int, n: int, k: int, gpu: Gpu) -> str:
         return f"K={k} has fewer panels of {c.panel * CHUNK_K} than cluster={c.cluster} blocks"
     if c.running == 2 and (c.buffers < 4 or 0 < c.group_size < 64):
         return "two batches in flight need 4 buffers, and groups of two batches"
+    if c.split_k and c.x_stages <= c.panel // c.x_panel:
+        return f"x_stages={c.x_stages} hold one panel of x, and none is on its way"
     if c.stages < 2 or c.x_stages < 2:
         return "a stage is filled while another is used"
     if c.smem_bytes > gpu.smem_bytes:
@@ -180,6 +189,11 @@ def predicted_us(plan: BatchPlan, m: int, n: int, k: int, gpu: Gpu) -> float:
     c = plan.config
     tiles, blocks = -(-m // c.tokens), -(-n // BLOCK_N)
     units = -(-blocks * tiles // _most_clusters(c.cluster, gpu.num_sms))
+    if c.split_k:
+        panels = -(-padded_k(k) // CHUNK_K // c.panel // c.cluster)
+        rounds = -(-panels // c.warpgroups) * c.warpgroups * c.panel * CHUNK_K
+        passes = -(-units // c.units)
+        return 4 + (_CLUSTER_US[c.cluster] + 0.5) * passes + units * rounds / 1e3 * _UNIT_US[c.tokens]
     busy = _BUSY_WIDE if c.tokens >= 96 and c.warpgroups == 4 else _BUSY[c.warpgroups]
     full, rest = divmod(units, -(-units // c.warpgroups))
     passes = -(-units // c.warpgroups)
@@ -228,12 +242,40 @@ def _plans(problem: Problem, gpu: Gpu) -> Iterator[BatchPlan]:
                 shapes = [shape, replace(plain, batch=4), plain]
             if group_size == 0 or group_size >= 64:
                 shapes += [replace(s, running=2) for s in shapes if s.buffers == 4]
+            if tokens <= 64 and cluster <= 4:
+                yield from _split_k_plans(shape, gpu.smem_bytes)
             for fitted in shapes:
                 for stages in (3, 2):  # as many as fit
                     plan = BatchPlan(replace(fitted, stages=stages))
                     if plan.config.smem_bytes <= gpu.smem_bytes:
                         yield plan
                         break
+
+
+def _split_k_plans(base: BatchConfig, smem_bytes: int) -> Iterator[BatchPlan]:
+    """Plans whose warpgroups split K, for one size of token tile and cluster."""
+    tokens = base.tokens
+    if tokens > 32 or base.row_tables:
+        kinds = [replace(base, buffers=2, sum_buffers=1)]
+    elif tokens > 16:
+        kinds = [replace(base, sum_buffers=1), replace(base, batch=4, buffers=2, sum_buffers=1)]
+    else:
+        kinds = [base, replace(base, batch=4, buffers=2, sum_buffers=1)]
+    for units in (4, 2, 1) if tokens <= 16 else (2, 1):
+        for panel in (2,) if tokens > 32 or base.panel == 2 else (4, 2):
+            shape = {"split_k": True, "units": units, "panel": panel}
+            for x_panel, stages, x_stages in (
+                (panel, 3, 3),
+                (panel, 3, 2),
+                (panel, 2, 2),
+                (panel // 2, 3, 3),
+                (panel // 2, 2, 3),
+            ):
+                sizes = {"x_panel": x_panel, "stages": stages, "x_stages": x_stages}
+                plans = [BatchPlan(replace(kind, **shape, **sizes)) for kind in kinds]
+                if plans[0].config.smem_bytes <= smem_bytes:
+                    yield from plans
+                    break
 
 
 def _token_tiles(m: int) -> tuple[int, ...]:

@@ -15,6 +15,11 @@
 //                     decode.cuh)      | wgmma m64 n TOKENS k16, B = x in shared memory
 //   end of a pass     sums -> shared memory -> (cluster: all ranks' sums) -> bias -> out
 //
+// With SPLIT_K the warpgroups split K instead: each takes every WARPGROUPS-th panel, with x of its
+// own, of all UNITS units of a pass, and their sums are added when they are stored. Then a block
+// with fewer units than warpgroups, or a last pass with fewer, keeps all of them busy; but UNITS
+// sums are in registers, and a panel of x stays for all of them.
+//
 // A batch is 2 or 4 steps of 16 k. While one batch's wgmma run, the next is looked up: 4 buffers of
 // fragments, or 2 where registers are short.
 //
@@ -27,8 +32,10 @@
 // % 2.
 //
 // Shared memory (bytes):
-//   x          X_STAGES * X_PANEL * TOKENS * 128          (1024-byte aligned for the swizzle)
-//   table      StepLookup<NUM_BITS>::kTableBytes, or 4 * WARPGROUPS * (128 << NUM_BITS) with row tables
+//   x          X_STAGES * X_PANEL * TOKENS * 128          (1024-byte aligned for the swizzle), that
+//              WARPGROUPS times with SPLIT_K
+//   table      StepLookup<NUM_BITS>::kTableBytes, or, with row tables, 128 << NUM_BITS for each tile
+//              of a pass
 //   rings      4 * WARPGROUPS * STAGES * (PANEL chunks + their scales)
 //   partials   WARPGROUPS * SLAB * (64 + 4) * 4, SLAB = tokens stored at a time: 32, or 16, or all
 //   barriers   8 each
@@ -42,12 +49,12 @@
 namespace flute {
 
 template <class D>
-FLUTE_DEVICE void produce_x(const BatchParams& p, const Panels& panels, u32 smem, u32 x_full,
-                            u32 x_empty) {
+FLUTE_DEVICE void produce_x(const BatchParams& p, const Panels& panels, int share, u32 smem,
+                            u32 x_full, u32 x_empty) {
   u32 stage = 0, parity = 0;
   for (Passes<D> passes(p); !passes.done(); passes.next(p))
 #pragma unroll 1
-    for (int i = 0; i < panels.count * (D::kPanel / D::kXPanel); i++) {
+    for (int i = share * D::kXParts; i < panels.count * D::kXParts; i++) {
       ptx::mbarrier_wait_long(x_empty + stage * 8, parity ^ 1);
       ptx::mbarrier_arrive_expect_tx(x_full + stage * 8, D::kXStageBytes);
 #pragma unroll
@@ -59,6 +66,7 @@ FLUTE_DEVICE void produce_x(const BatchParams& p, const Panels& panels, u32 smem
         stage = 0;
         parity ^= 1;
       }
+      if ((i + 1) % D::kXParts == 0) i += (D::kShares - 1) * D::kXParts;  // of other shares
     }
 }
 
@@ -71,18 +79,29 @@ FLUTE_DEVICE void consume(const BatchParams& p, typename Batch<Config>::Ring& ri
   const u32 barriers = smem + D::kBarrierOffset, smem_table = smem + D::kTableOffset;
   u32 offset = D::kRowTables ? lane * 4 : D::Steps::lane_offset(lane);
   offset = __shfl_sync(0xFFFFFFFFu, offset, lane);  // opaque: see decode.cuh
-  const u32 table = smem_table + (D::kRowTables ? warp * D::kRowTableBytes : 0);
-  Consumer<Config> consumer{
-      p,     ring,   feed, panels, smem, barriers + D::kXFull * 8, barriers + D::kXEmpty * 8,
-      table, offset, lane};
+  const u32 table =
+      smem_table + (D::kRowTables ? (D::kSplitK ? warp % 4 : warp) * D::kRowTableBytes : 0);
+  const int group = D::kSplitK ? 0 : warpgroup, share = D::kSplitK ? warpgroup : 0;
+  Consumer<Config> consumer{p,
+                            ring,
+                            feed,
+                            panels,
+                            smem + share * D::kXStages * D::kXStageBytes,
+                            barriers + (D::kXFull + share * D::kXStages) * 8,
+                            barriers + (D::kXEmpty + share * D::kXStages) * 8,
+                            table,
+                            offset,
+                            share,
+                            lane};
   Epilogue<D> epilogue{p,
-                       smem + D::kPartialOffset + warpgroup * D::kPartialBytes,
-                       barriers + (D::kReady + warpgroup) * 8,
-                       barriers + (D::kRead + warpgroup) * 8,
+                       smem + D::kPartialOffset + group * D::kPartialBytes,
+                       barriers + (D::kReady + group) * 8,
+                       barriers + (D::kRead + group) * 8,
                        rank,
                        warpgroup,
                        lane,
-                       static_cast<int>(threadIdx.x % 128)};
+                       static_cast<int>(threadIdx.x % D::kGroupThreads)};
+  constexpr int kAll = 1 + D::kWarpgroups;  // barrier of all consumers
   bool waited = false;
   int range = -1;
 #pragma unroll 1
@@ -91,28 +110,34 @@ FLUTE_DEVICE void consume(const BatchParams& p, typename Batch<Config>::Ring& ri
       const bool first = range < 0;
       range = passes.range(p);
       if (!first) {
-        constexpr int kAll = 1 + D::kWarpgroups;  // barrier of all consumers
         ptx::named_barrier(kAll, D::kWarps * 32);
         build_table<D>(smem_table, p, range, D::kWarps * 32);
         ptx::named_barrier(kAll, D::kWarps * 32);
       }
     }
-    if (warpgroup >= passes.count) {
+    if (!D::kSplitK && warpgroup >= passes.count) {
       consumer.idle();
       continue;
     }
-    const int block = passes.block + warpgroup;
-    if constexpr (D::kRowTables) {
+    const int block = passes.block + group;
+    if constexpr (D::kRowTables && D::kSplitK) {
+      for (int u = warpgroup; u < passes.count; u += D::kWarpgroups)
+        build_row_table<D>(table + u * 4 * D::kRowTableBytes, static_cast<const float*>(p.table),
+                           (block + u) * 64 + warp % 4 * 16, p.shape_n, lane);
+      ptx::named_barrier(kAll, D::kWarps * 32);
+    } else if constexpr (D::kRowTables) {
       __syncwarp();
-      build_row_table<D>(smem_table + warp * D::kRowTableBytes, static_cast<const float*>(p.table),
-                         block * 64 + warp % 4 * 16, p.shape_n, lane);
+      build_row_table<D>(table, static_cast<const float*>(p.table), block * 64 + warp % 4 * 16,
+                         p.shape_n, lane);
       __syncwarp();
     }
-    float acc[D::kTokens / 2];
-    consumer.run(acc);
+    float acc[D::kAccs][D::kTokens / 2];
+    consumer.run(acc, passes.count);
     if (!waited) ptx::griddepcontrol_wait();  // `out` may be read by the previous kernel
     waited = true;
-    epilogue.run(acc, block, passes.token_tile);
+#pragma unroll
+    for (int u = 0; u < D::kAccs; u++)
+      if (!D::kSplitK || u < passes.count) epilogue.run(acc[u], block + u, passes.token_tile);
   }
   // A block must not leave while another of its cluster reads its sums.
   if constexpr (D::kCluster > 1) ptx::cluster_sync();
@@ -141,13 +166,13 @@ __global__ void __launch_bounds__(Batch<Config>::kThreads, 1)
     for (int i = 0; i < Config::stages; i++) feed.fill(ring, i, p, lane);
   } else if (warp == D::kWarps && lane == 0) {
     ptx::prefetch_tensor_map(p.x_map);
-    for (int i = 0; i < D::kXStages; i++) {
+    for (int i = 0; i < D::kShares * D::kXStages; i++) {
       ptx::mbarrier_init(x_full + i * 8, 1);
-      ptx::mbarrier_init(x_empty + i * 8, D::kWarps);
+      ptx::mbarrier_init(x_empty + i * 8, D::kWarps / D::kShares);
     }
-    for (int i = 0; i < D::kWarpgroups; i++) {
-      ptx::mbarrier_init(barriers + (D::kReady + i) * 8, 128 * D::kCluster);
-      ptx::mbarrier_init(barriers + (D::kRead + i) * 8, 128 * D::kCluster);
+    for (int i = 0; i < D::kGroups; i++) {
+      ptx::mbarrier_init(barriers + (D::kReady + i) * 8, D::kGroupThreads * D::kCluster);
+      ptx::mbarrier_init(barriers + (D::kRead + i) * 8, D::kGroupThreads * D::kCluster);
     }
     ptx::fence_mbarrier_init();
   }
@@ -159,9 +184,12 @@ __global__ void __launch_bounds__(Batch<Config>::kThreads, 1)
 
   if (warp >= D::kWarps) {
     ptx::setmaxnreg_dec<24>();
-    if (warp == D::kWarps) {
+    const int share = warp - D::kWarps;
+    if (share < D::kShares) {
       ptx::griddepcontrol_wait();
-      if (ptx::elect_one()) produce_x<D>(p, panels, smem, x_full, x_empty);
+      if (ptx::elect_one())
+        produce_x<D>(p, panels, share, smem + share * D::kXStages * D::kXStageBytes,
+                     x_full + share * D::kXStages * 8, x_empty + share * D::kXStages * 8);
     }
   } else {
     ptx::setmaxnreg_inc<D::kRegisters>();

@@ -43,8 +43,8 @@ struct Consumer {
   typename D::Ring& ring;
   Feed<D>& feed;
   const Panels panels;
-  const u32 smem, x_full, x_empty, table, offset;
-  const int lane;
+  const u32 smem_x, x_full, x_empty, table, offset;
+  const int share, lane;
   u32 x_stage = 0, x_parity = 0;
 
   FLUTE_DEVICE void release(u32 stage) const {
@@ -60,7 +60,7 @@ struct Consumer {
 
   // A warpgroup with nothing to do in this pass still hands the stages of x back.
   FLUTE_DEVICE void idle() {
-    for (int i = 0; i < panels.count * (D::kPanel / D::kXPanel); i++) {
+    for (int i = 0; i < panels.count * D::kXParts; i++) {
       ptx::mbarrier_wait_long(x_full + x_stage * 8, x_parity);
       release(x_stage);
       advance();
@@ -103,11 +103,11 @@ struct Consumer {
 
   // Start the lookups of batch `idx` of a panel.
   FLUTE_DEVICE void look_up(u32 (&frag)[D::kBatch][4], const u32 (&bytes)[D::Steps::kWords],
-                            int idx) const {
+                            int idx, u32 table_at) const {
 #pragma unroll
     for (int i = 0; i < D::kBatch; i++)
-      D::Steps::template fragments<D::kRowTables>(frag[i], bytes, (idx * D::kBatch + i) % 4, table,
-                                                  offset);
+      D::Steps::template fragments<D::kRowTables>(frag[i], bytes, (idx * D::kBatch + i) % 4,
+                                                  table_at, offset);
   }
 
   FLUTE_DEVICE void scale_weights(u32 (&frag)[D::kBatch][4], const u32 (&scale)[kUnits][2],
@@ -120,121 +120,184 @@ struct Consumer {
           frag[i][r] = scale_pair(frag[i][r], scale[(idx * D::kBatch + i) / D::kUnitSteps][r % 2]);
   }
 
-  FLUTE_DEVICE void run(float (&acc)[kAcc]) {
-    constexpr int kPerChunk = 4 / D::kBatch, kPerPanel = D::kPanel * kPerChunk;
+  // What goes on from slot to slot, in registers.
+  struct Flight {
     float sum[D::kSumBuffers][kSums];
     float sum_scale[D::kSumBuffers][2];  // of the group in `sum`: rows g and g + 8
-#pragma unroll
-    for (int b = 0; b < D::kSumBuffers; b++) {
-      sum_scale[b][0] = sum_scale[b][1] = 0.f;
-#pragma unroll
-      for (int i = 0; i < kSums; i++) sum[b][i] = 0.f;
-    }
-#pragma unroll
-    for (int i = 0; i < kAcc; i++) acc[i] = 0.f;
-    const auto add_sums = [&](int b) {
-#pragma unroll
-      for (int i = 0; i < kSums; i++) acc[i] += sum_scale[b][i / 2 % 2] * sum[b][i];
-    };
-
-    u32 a[D::kBuffers][D::kBatch][4], words[D::Table::kWords], bytes[D::Steps::kWords],
-        scale[kUnits][2];
+    u32 a[D::kBuffers][D::kBatch][4], words[D::Table::kWords], bytes[D::Steps::kWords];
+    u32 scale[kUnits][2];
+    u32 slot;
     u32 previous = 0;  // stage of x that the wgmma still running may read
-    u32 slot = ring.wait();
-    D::Table::load(words, slot, lane);
-    load_scales(scale, slot);
-    D::Steps::split(bytes, words);
-    if constexpr (D::kAhead) look_up(a[0], bytes, 0);
-#pragma unroll 1
-    for (int panel = 0; panel < panels.count; panel++) {
-      const bool more = panel + 1 < panels.count;
-      const u32 stage = ring.stage;
-      u32 x = 0;
+  };
+
+  static FLUTE_DEVICE void add_sums(float (&acc)[kAcc], const Flight& f, int b) {
 #pragma unroll
-      for (int idx = 0; idx < kPerPanel; idx++) {
-        const int j = idx / kPerChunk;
-        // The next chunk's words are on their way while this one is looked up.
-        if (idx % kPerChunk == 0) {
-          if (j < D::kPanel - 1) {
-            D::Table::load(words, slot + (j + 1) * D::Table::kChunkBytes, lane);
-          } else {
-            ring.advance();
-            if (more) {
-              slot = ring.wait();
-              D::Table::load(words, slot, lane);
-            }
-          }
-        }
-        const bool last = (idx + 1) % kPerChunk == 0;  // of the chunk
-        u32(&frag)[D::kBatch][4] = a[idx % D::kBuffers];
-        if constexpr (D::kAhead) {
-          if (last) D::Steps::split(bytes, words);
-          if (idx + 1 < kPerPanel || more)
-            look_up(a[(idx + 1) % D::kBuffers], bytes, (idx + 1) % kPerPanel);
+    for (int i = 0; i < kSums; i++) acc[i] += f.sum_scale[b][i / 2 % 2] * f.sum[b][i];
+  }
+
+  // The stages of x of a panel are free.
+  FLUTE_DEVICE void release_panel(u32 stage) const {
+#pragma unroll
+    for (int i = 0; i < D::kXParts; i++) {
+      release(stage);
+      if (++stage == D::kXStages) stage = 0;
+    }
+  }
+
+  // A slot: a panel of one unit. `table_at`, `table_next`: tables of this slot's and the next one's
+  // rows. `first`: the first of this warpgroup; `enters`: the first of its panel; `more`: not the
+  // last.
+  FLUTE_DEVICE void multiply_slot(float (&acc)[kAcc], Flight& f, u32 table_at, u32 table_next,
+                                  bool first, bool enters, bool more) {
+    constexpr int kPerChunk = 4 / D::kBatch, kPerPanel = D::kPanel * kPerChunk;
+    const u32 ring_stage = ring.stage;
+    u32 x = 0;
+#pragma unroll
+    for (int idx = 0; idx < kPerPanel; idx++) {
+      const int j = idx / kPerChunk;
+      // The next chunk's words are on their way while this one is looked up.
+      if (idx % kPerChunk == 0) {
+        if (j < D::kPanel - 1) {
+          D::Table::load(f.words, f.slot + (j + 1) * D::Table::kChunkBytes, lane);
         } else {
-          look_up(frag, bytes, idx);
-          if (last) D::Steps::split(bytes, words);
-        }
-        if (idx % (D::kXPanel * kPerChunk) == 0) {
-          if (idx > 0) advance();
-          ptx::mbarrier_wait(x_full + x_stage * 8, x_parity);
-          x = ptx::wgmma_descriptor_low(smem + x_stage * D::kXStageBytes);
-        }
-        scale_weights(frag, scale, idx);
-        pin(frag);
-        const bool begins = idx * D::kBatch % D::kUnitSteps == 0;  // a group
-        const int unit = idx * D::kBatch / D::kUnitSteps, b = unit % D::kSumBuffers;
-        if constexpr (D::kScaleSums) {
-          if (begins) {
-            if (D::kSumBuffers == 1) {
-              ptx::wgmma_wait<0>();
-              add_sums(0);
-            }
-            sum_scale[b][0] = __uint_as_float(scale[unit][0]);
-            sum_scale[b][1] = __uint_as_float(scale[unit][1]);
+          ring.advance();
+          if (more) {
+            f.slot = ring.wait();
+            D::Table::load(f.words, f.slot, lane);
           }
-        }
-        ptx::wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < D::kBatch; i++) {
-          const u64 descriptor = ptx::wgmma_descriptor(
-              x + ((j % D::kXPanel * D::kXChunkBytes) >> 4) + (idx * D::kBatch + i) % 4 * 2);
-          if constexpr (D::kScaleSums)
-            Config::wgmma(sum[b], frag[i], descriptor, !(begins && i == 0));
-          else
-            Config::wgmma(acc, frag[i], descriptor, true);
-        }
-        ptx::wgmma_commit();
-        if (idx + 1 == kPerPanel) {  // the slot is in registers: refill it
-          __syncwarp();
-          feed.fill(ring, stage, p, lane);
-          if (more) load_scales(scale, slot);
-        }
-        // At most so many batches still run: the others' fragments, sums and x are free. Why one at
-        // the end: ptxas does not see across the loop's.
-        if (idx + 1 < kPerPanel)
-          ptx::wgmma_wait<D::kRunning>();
-        else
-          ptx::wgmma_wait<1>();
-        constexpr int kNewest = D::kRunning - 1;  // batches since which the one before is done
-        if constexpr (D::kScaleSums && D::kSumBuffers == 2) {
-          if (idx > kNewest && idx * D::kBatch % D::kUnitSteps == kNewest * D::kBatch)
-            add_sums(b ^ 1);
-          if (idx + 1 == kPerPanel) {
-            ptx::wgmma_wait<0>();
-            add_sums(b);
-          }
-        }
-        if (idx % (D::kXPanel * kPerChunk) == kNewest) {
-          if (idx >= kPerChunk || panel > 0) release(previous);
-          previous = x_stage;
         }
       }
-      advance();
+      const bool last = (idx + 1) % kPerChunk == 0;  // of the chunk
+      u32(&frag)[D::kBatch][4] = f.a[idx % D::kBuffers];
+      if constexpr (D::kAhead) {
+        if (last) D::Steps::split(f.bytes, f.words);
+        if (idx + 1 < kPerPanel || more)
+          look_up(f.a[(idx + 1) % D::kBuffers], f.bytes, (idx + 1) % kPerPanel,
+                  idx + 1 < kPerPanel ? table_at : table_next);
+      } else {
+        look_up(frag, f.bytes, idx, table_at);
+        if (last) D::Steps::split(f.bytes, f.words);
+      }
+      if (idx % (D::kXPanel * kPerChunk) == 0) {
+        u32 stage = x_stage;
+        if constexpr (D::kSplitK) {
+          stage += idx / (D::kXPanel * kPerChunk);
+          const bool wraps = stage >= D::kXStages;
+          if (wraps) stage -= D::kXStages;
+          if (enters) ptx::mbarrier_wait(x_full + stage * 8, x_parity ^ wraps);
+        } else {
+          if (idx > 0) advance();
+          stage = x_stage;
+          ptx::mbarrier_wait(x_full + stage * 8, x_parity);
+        }
+        x = ptx::wgmma_descriptor_low(smem_x + stage * D::kXStageBytes);
+      }
+      scale_weights(frag, f.scale, idx);
+      pin(frag);
+      const bool begins = idx * D::kBatch % D::kUnitSteps == 0;  // a group
+      const int unit = idx * D::kBatch / D::kUnitSteps, b = unit % D::kSumBuffers;
+      if constexpr (D::kScaleSums) {
+        if (begins) {
+          // Split K: the last group of a slot is added at its end, since the next one is another
+          // unit's.
+          if (D::kSumBuffers == 1 && (!D::kSplitK || idx > 0)) {
+            ptx::wgmma_wait<0>();
+            add_sums(acc, f, 0);
+          }
+          f.sum_scale[b][0] = __uint_as_float(f.scale[unit][0]);
+          f.sum_scale[b][1] = __uint_as_float(f.scale[unit][1]);
+        }
+      }
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < D::kBatch; i++) {
+        const u64 descriptor = ptx::wgmma_descriptor(
+            x + ((j % D::kXPanel * D::kXChunkBytes) >> 4) + (idx * D::kBatch + i) % 4 * 2);
+        if constexpr (D::kScaleSums)
+          Config::wgmma(f.sum[b], frag[i], descriptor, !(begins && i == 0));
+        else
+          Config::wgmma(acc, frag[i], descriptor, true);
+      }
+      ptx::wgmma_commit();
+      if (idx + 1 == kPerPanel) {  // the slot is in registers: refill it
+        __syncwarp();
+        feed.fill(ring, ring_stage, p, lane);
+        if (more) load_scales(f.scale, f.slot);
+      }
+      // At most so many batches still run: the others' fragments, sums and x are free. Why one at
+      // the end: ptxas does not see across the loop's.
+      if (idx + 1 < kPerPanel)
+        ptx::wgmma_wait<D::kRunning>();
+      else
+        ptx::wgmma_wait<1>();
+      constexpr int kNewest = D::kRunning - 1;  // batches since which the one before is done
+      if constexpr (D::kScaleSums && D::kSumBuffers == 2) {
+        if (idx > kNewest && idx * D::kBatch % D::kUnitSteps == kNewest * D::kBatch)
+          add_sums(acc, f, b ^ 1);
+        if (idx + 1 == kPerPanel) {
+          ptx::wgmma_wait<0>();
+          add_sums(acc, f, b);
+        }
+      } else if constexpr (D::kScaleSums && D::kSplitK) {
+        if (idx + 1 == kPerPanel) {
+          ptx::wgmma_wait<0>();
+          add_sums(acc, f, 0);
+        }
+      }
+      if constexpr (D::kSplitK) {
+        if (idx == kNewest && enters && !first) release_panel(f.previous);
+      } else if (idx % (D::kXPanel * kPerChunk) == kNewest) {
+        if (idx >= kPerChunk || !first) release(f.previous);
+        f.previous = x_stage;
+      }
+    }
+  }
+
+  // The sums of `count` units (one, unless warpgroups split K) over this warpgroup's panels.
+  FLUTE_DEVICE void run(float (&acc)[D::kAccs][kAcc], int count) {
+    Flight f;
+#pragma unroll
+    for (int b = 0; b < D::kSumBuffers; b++) {
+      f.sum_scale[b][0] = f.sum_scale[b][1] = 0.f;
+#pragma unroll
+      for (int i = 0; i < kSums; i++) f.sum[b][i] = 0.f;
+    }
+#pragma unroll
+    for (int u = 0; u < D::kAccs; u++)
+#pragma unroll
+      for (int i = 0; i < kAcc; i++) acc[u][i] = 0.f;
+    if (D::kSplitK && share >= panels.count) return;
+
+    f.slot = ring.wait();
+    D::Table::load(f.words, f.slot, lane);
+    load_scales(f.scale, f.slot);
+    D::Steps::split(f.bytes, f.words);
+    if constexpr (D::kAhead) look_up(f.a[0], f.bytes, 0, table);
+#pragma unroll 1
+    for (int panel = share; panel < panels.count; panel += D::kShares) {
+      const bool more = panel + D::kShares < panels.count;
+#pragma unroll
+      for (int u = 0; u < D::kAccs; u++) {
+        if (D::kSplitK && u >= count) break;
+        const bool ends = !D::kSplitK || u + 1 == count;
+        const u32 at = table + (D::kRowTables ? u * 4 * D::kRowTableBytes : 0);
+        multiply_slot(acc[u], f, at, D::kRowTables && !ends ? at + 4 * D::kRowTableBytes : table,
+                      panel == share, u == 0, more || !ends);
+      }
+      if constexpr (D::kSplitK) {
+        f.previous = x_stage;
+#pragma unroll
+        for (int i = 0; i < D::kXParts; i++) advance();
+      } else {
+        advance();
+      }
     }
     ptx::wgmma_wait<0>();
-    if constexpr (D::kScaleSums && D::kSumBuffers == 1) add_sums(0);
-    release(previous);
+    if constexpr (D::kScaleSums && D::kSumBuffers == 1 && !D::kSplitK) add_sums(acc[0], f, 0);
+    if constexpr (D::kSplitK)
+      release_panel(f.previous);
+    else
+      release(f.previous);
   }
 };
 

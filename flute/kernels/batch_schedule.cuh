@@ -36,7 +36,7 @@ struct Passes {
     int left = min(end - unit, num_blocks - block);
     if (!D::kRowTables && p.num_ranges > 1)  // a pass is of one table
       left = min(left, (p.range_end[range(p)] + 3) / 4 - block);
-    const int num_passes = (left + D::kWarpgroups - 1) / D::kWarpgroups;
+    const int num_passes = (left + D::kPassUnits - 1) / D::kPassUnits;
     count = num_passes > 0 ? (left + num_passes - 1) / num_passes : 0;
   }
 
@@ -56,8 +56,19 @@ struct Panels {
   }
 };
 
-// Walks a consumer warp's slots in the order of use and fills its ring.
+// Start the copy of a panel of a tile, from chunk `chunk` on, into stage `stage` of a ring.
 template <class D>
+FLUTE_DEVICE void fill_slot(typename D::Ring& ring, u32 stage, const BatchParams& p, u32 chunk,
+                            bool wanted, int lane) {
+  const u8* weights =
+      static_cast<const u8*>(p.packed) + static_cast<u64>(chunk) * D::Table::kChunkBytes;
+  const u8* scales = static_cast<const u8*>(p.scales) +
+                     static_cast<u64>(chunk * 4 / D::kGroupSteps) * (16 * D::Scale::kBytes);
+  ring.fill(stage, weights, scales, wanted, lane, 0);
+}
+
+// Walks a consumer warp's slots in the order of use and fills its ring.
+template <class D, bool SPLIT_K = D::kSplitK>
 struct Feed {
   Passes<D> passes;
   const Panels panels;
@@ -79,18 +90,43 @@ struct Feed {
     left = panels.count;
   }
 
-  FLUTE_DEVICE void fill(typename D::Ring& ring, u32 stage, const BatchParams& p, int lane) {
-    const bool wanted = left > 0;
-    const u8* weights =
-        static_cast<const u8*>(p.packed) + static_cast<u64>(chunk) * D::Table::kChunkBytes;
-    const u8* scales = static_cast<const u8*>(p.scales) +
-                       static_cast<u64>(chunk * 4 / D::kGroupSteps) * (16 * D::Scale::kBytes);
-    ring.fill(stage, weights, scales, wanted, lane, 0);
-    if (!wanted) return;
+  FLUTE_DEVICE void advance(const BatchParams& p) {
     chunk += D::kPanel;
     if (--left == 0) {
       passes.next(p);
       begin_unit(p);
+    }
+  }
+
+  FLUTE_DEVICE void fill(typename D::Ring& ring, u32 stage, const BatchParams& p, int lane) {
+    fill_slot<D>(ring, stage, p, chunk, left > 0, lane);
+    if (left > 0) advance(p);
+  }
+};
+
+// The same where warpgroups split K: by panels, in them by units.
+template <class D>
+struct Feed<D, true> {
+  Passes<D> passes;
+  const Panels panels;
+  const int warp;
+  int panel, unit = 0;
+
+  FLUTE_DEVICE Feed(const BatchParams& p, const Panels& panels, int warp)
+      : passes(p), panels(panels), warp(warp), panel(warp / 4) {}
+
+  FLUTE_DEVICE void fill(typename D::Ring& ring, u32 stage, const BatchParams& p, int lane) {
+    const bool wanted = !passes.done() && panel < panels.count;
+    const int tile = min((passes.block + unit) * 4 + warp % 4, (p.shape_n - 1) / 16);
+    const u32 chunk =
+        static_cast<u32>(tile) * p.num_chunks + (panels.begin + panel) * D::kPanel;
+    fill_slot<D>(ring, stage, p, chunk, wanted, lane);
+    if (!wanted || ++unit < passes.count) return;
+    unit = 0;
+    panel += D::kWarpgroups;
+    if (panel >= panels.count) {
+      panel = warp / 4;
+      passes.next(p);
     }
   }
 };

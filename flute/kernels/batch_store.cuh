@@ -1,21 +1,23 @@
-// From a warpgroup's sums to `out`: transposed through shared memory, summed over a cluster's ranks
-// in their order, scaled (one scale per row), biased, rounded.
+// From warpgroups' sums to `out`: transposed through shared memory, summed over a cluster's ranks and
+// the warpgroups that split K, in their order, scaled (one scale per row), biased, rounded.
 #pragma once
 #include "batch_traits.cuh"
 #include "hopper.cuh"
 
 namespace flute {
 
-// Sums of a warpgroup's unit -> out.
+// Sums of a unit -> out. A group is the warpgroups that have parts of it.
 template <class D>
 struct Epilogue {
   static constexpr int kAcc = D::kTokens / 2;
   const BatchParams& p;
-  u32 partials, ready, read, rank;
-  int warpgroup, lane, thread;  // of the warpgroup
+  u32 partials, ready, read, rank;  // of the group
+  int warpgroup, lane, thread;      // thread of the group
   u32 parity = 0;
 
-  FLUTE_DEVICE void sync() const { ptx::named_barrier(1 + warpgroup, 128); }
+  FLUTE_DEVICE void sync() const {
+    ptx::named_barrier(1 + (D::kSplitK ? D::kWarpgroups : warpgroup), D::kGroupThreads);
+  }
 
   // At every rank's barrier. Why each thread for itself: compute-sanitizer cannot follow an arrival
   // by one for others, and there are few.
@@ -25,7 +27,8 @@ struct Epilogue {
   }
 
   FLUTE_DEVICE void run(const float (&acc)[kAcc], int block, int token_tile) {
-    const int g = lane >> 2, q = lane & 3, row = (thread / 32) * 16 + g;
+    const int g = lane >> 2, q = lane & 3, row = thread % 128 / 32 * 16 + g;
+    const u32 own = partials + (D::kSplitK ? warpgroup * D::kPartialBytes : 0);
 #pragma unroll
     for (int slab = 0; slab < D::kTokens / D::kSlab; slab++) {
       if (token_tile * D::kTokens + slab * D::kSlab >= p.shape_m) break;
@@ -36,7 +39,7 @@ struct Epilogue {
 #pragma unroll
         for (int i = 0; i < 4; i++)
           ptx::st_shared_f32(
-              partials + ((j * 8 + q * 2 + (i & 1)) * D::kPartialStride + row + (i >> 1) * 8) * 4,
+              own + ((j * 8 + q * 2 + (i & 1)) * D::kPartialStride + row + (i >> 1) * 8) * 4,
               acc[(slab * D::kSlab / 8 + j) * 4 + i]);
       sync();
       if constexpr (D::kCluster > 1) {
@@ -45,13 +48,26 @@ struct Epilogue {
       }
       const int first = D::kCluster > 1 ? thread * D::kCluster + static_cast<int>(rank) : thread;
 #pragma unroll 1
-      for (int i = first; i < D::kSlab * 8; i += 128 * D::kCluster)
+      for (int i = first; i < D::kSlab * 8; i += D::kGroupThreads * D::kCluster)
         store(i, block, token_tile * D::kTokens + slab * D::kSlab + i / 8);
       sync();
       if constexpr (D::kCluster > 1) {
         arrive(read);
         parity ^= 1;
       }
+    }
+  }
+
+  // 4 rows of one token, of one part: a warpgroup of a rank.
+  FLUTE_DEVICE void load(float (&v)[4], u32 at, int part) const {
+    at += part % D::kShares * D::kPartialBytes;
+    if constexpr (D::kCluster > 1) {
+      ptx::ld_cluster_v4_f32(v, ptx::mapa(at, part / D::kShares));
+    } else {
+      u32 bits[4];
+      ptx::ld_shared_v4(bits, at);
+#pragma unroll
+      for (int j = 0; j < 4; j++) v[j] = __uint_as_float(bits[j]);
     }
   }
 
@@ -64,24 +80,17 @@ struct Epilogue {
     float v[8];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      float part[4];
-      if constexpr (D::kCluster > 1) {
-        ptx::ld_cluster_v4_f32(part, ptx::mapa(at + h * 16, 0));
+      float sum[4];
+      load(sum, at + h * 16, 0);
 #pragma unroll 1  // the sums of later slabs still need their registers
-        for (int r = 1; r < D::kCluster; r++) {
-          float other[4];
-          ptx::ld_cluster_v4_f32(other, ptx::mapa(at + h * 16, r));
+      for (int part = 1; part < D::kCluster * D::kShares; part++) {
+        float other[4];
+        load(other, at + h * 16, part);
 #pragma unroll
-          for (int j = 0; j < 4; j++) part[j] += other[j];
-        }
-      } else {
-        u32 bits[4];
-        ptx::ld_shared_v4(bits, at + h * 16);
-#pragma unroll
-        for (int j = 0; j < 4; j++) part[j] = __uint_as_float(bits[j]);
+        for (int j = 0; j < 4; j++) sum[j] += other[j];
       }
 #pragma unroll
-      for (int j = 0; j < 4; j++) v[h * 4 + j] = part[j];
+      for (int j = 0; j < 4; j++) v[h * 4 + j] = sum[j];
     }
     u16* out = static_cast<u16*>(p.out) + static_cast<long long>(token) * p.shape_n + n;
     const int count = min(8, p.shape_n - n);

@@ -36,6 +36,13 @@ struct Batch {
   static constexpr int kXStages = Config::x_stages;
   static constexpr int kXPanel = Config::x_panel;  // chunks of a stage of x
   static constexpr int kCluster = Config::cluster;
+  // Warpgroups split K by panels, and each takes all units of a pass; else each takes a unit.
+  static constexpr bool kSplitK = Config::split_k;
+  static constexpr int kPassUnits = kSplitK ? Config::units : kWarpgroups;
+  static constexpr int kAccs = kSplitK ? Config::units : 1;  // units of a warpgroup
+  static constexpr int kShares = kSplitK ? kWarpgroups : 1;  // of K in a block, each with its x
+  static constexpr int kGroups = kSplitK ? 1 : kWarpgroups;  // that store units of their own
+  static constexpr int kGroupThreads = kWarps * 32 / kGroups;
   static constexpr bool kRowTables = Config::row_tables;
   static constexpr bool kScaleSums = Config::scale_sums && kGroup != 0;
   static constexpr bool kScaleWeights = !Config::scale_sums && kGroup != 0;
@@ -64,21 +71,25 @@ struct Batch {
   static constexpr int kXChunkBytes = kTokens * 128;
   static constexpr int kXStageBytes = kXPanel * kXChunkBytes;
   static constexpr int kRowTableBytes = 128 << kBits;  // of a tile: a column of entries per lane
-  static constexpr int kSlab = kTokens % 32 == 0 ? 32 : kTokens > 32 ? 16 : kTokens;
+  static constexpr int kXParts = kPanel / kXPanel;       // stages of x of a panel
+  static constexpr int kSlab = kTokens % 32 == 0 && !kSplitK     ? 32
+                               : kTokens > 32 || kTokens % 16 == 0 ? 16
+                                                                   : kTokens;
   static constexpr int kPartialStride = 64 + 4;  // floats; + 4: no bank conflicts for lanes q
   static constexpr int kPartialBytes = kSlab * kPartialStride * 4;  // of a warpgroup
 
-  static constexpr int kTableOffset = kXStages * kXStageBytes;
+  static constexpr int kRowTableCount = kSplitK ? kAccs * 4 : kWarps;  // tiles of a pass
+  static constexpr int kTableOffset = kShares * kXStages * kXStageBytes;
   static constexpr int kRingOffset =
-      kTableOffset + (kRowTables ? kWarps * kRowTableBytes : Steps::kTableBytes);
+      kTableOffset + (kRowTables ? kRowTableCount * kRowTableBytes : Steps::kTableBytes);
   static constexpr int kPartialOffset = kRingOffset + kWarps * Config::stages * Ring::kSlotBytes;
   static constexpr int kBarrierOffset = kPartialOffset + kWarpgroups * kPartialBytes;
-  // Barriers: rings, x full, x empty, sums ready and sums read per warpgroup.
+  // Barriers: rings, x full, x empty per share of K, sums ready and sums read per group.
   static constexpr int kXFull = kWarps * Ring::kNumBarriers;
-  static constexpr int kXEmpty = kXFull + kXStages;
-  static constexpr int kReady = kXEmpty + kXStages;
-  static constexpr int kRead = kReady + kWarpgroups;
-  static constexpr int kSmemBytes = kBarrierOffset + (kRead + kWarpgroups) * 8;
+  static constexpr int kXEmpty = kXFull + kShares * kXStages;
+  static constexpr int kReady = kXEmpty + kShares * kXStages;
+  static constexpr int kRead = kReady + kGroups;
+  static constexpr int kSmemBytes = kBarrierOffset + (kRead + kGroups) * 8;
 
   static_assert(kSmemBytes == Config::smem_bytes, "what a launch asks for");
   static_assert(kBits >= 2 && kBits <= 4, "tables of 2, 3 or 4 bits");
@@ -90,6 +101,7 @@ struct Batch {
   static_assert(kBuffers == 2 || kBuffers == 4, "of fragments");
   static_assert(kPanelSteps / kBatch % kBuffers == 0, "buffers are fixed at compile time");
   static_assert(kPanel % kXPanel == 0, "stages of x");
+  static_assert(!kSplitK || kXStages > kXParts, "a panel of x stays for all units");
   static_assert(!kScaleSums || kUnitSteps % kBatch == 0, "a batch is of one group");
   static_assert(kRunning == 1 || (kRunning == 2 && kAhead && kXPanel * 4 / kBatch >= 2 &&
                                   (!kScaleSums || kUnitSteps >= 2 * kBatch)),
