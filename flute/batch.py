@@ -6,6 +6,7 @@ of their cost, which orders the candidates. Knows nothing of torch, compilation 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -48,7 +49,8 @@ class BatchConfig:
         """Return the CUDA C++ text whose only instantiation is this kernel."""
         smem = f"  static constexpr int smem_bytes = {self.smem_bytes};\n"  # checked there
         members = constants_of(self) + smem + self._wgmma()
-        return f'#include "batch.cuh"\nstruct Config {{\n{members}}};\n'
+        define = "#define FLUTE_RACECHECK\n" if os.environ.get("FLUTE_RACECHECK") else ""
+        return f'{define}#include "batch.cuh"\nstruct Config {{\n{members}}};\n'
 
     def _wgmma(self) -> str:
         """Return the function for wgmma.mma_async of this many tokens: d += a * b."""
@@ -193,7 +195,9 @@ def predicted_us(plan: BatchPlan, m: int, n: int, k: int, gpu: Gpu) -> float:
         panels = -(-padded_k(k) // CHUNK_K // c.panel // c.cluster)
         rounds = -(-panels // c.warpgroups) * c.warpgroups * c.panel * CHUNK_K
         passes = -(-units // c.units)
-        return 4 + (_CLUSTER_US[c.cluster] + 0.5) * passes + units * rounds / 1e3 * _UNIT_US[c.tokens]
+        return (
+            4 + (_CLUSTER_US[c.cluster] + 0.5) * passes + units * rounds / 1e3 * _UNIT_US[c.tokens]
+        )
     busy = _BUSY_WIDE if c.tokens >= 96 and c.warpgroups == 4 else _BUSY[c.warpgroups]
     full, rest = divmod(units, -(-units // c.warpgroups))
     passes = -(-units // c.warpgroups)
@@ -254,14 +258,14 @@ def _plans(problem: Problem, gpu: Gpu) -> Iterator[BatchPlan]:
 
 def _split_k_plans(base: BatchConfig, smem_bytes: int) -> Iterator[BatchPlan]:
     """Plans whose warpgroups split K, for one size of token tile and cluster."""
-    tokens = base.tokens
+    tokens, lean = base.tokens, replace(base, buffers=2, sum_buffers=1)
     if tokens > 32 or base.row_tables:
-        kinds = [replace(base, buffers=2, sum_buffers=1)]
-    elif tokens > 16:
-        kinds = [replace(base, sum_buffers=1), replace(base, batch=4, buffers=2, sum_buffers=1)]
+        kinds = [lean]
+    elif base.panel == 2:  # groups of 32
+        kinds = [lean, replace(base, sum_buffers=1)]
     else:
-        kinds = [base, replace(base, batch=4, buffers=2, sum_buffers=1)]
-    for units in (4, 2, 1) if tokens <= 16 else (2, 1):
+        kinds = [replace(lean, batch=4), replace(base, sum_buffers=1 if tokens > 16 else 2)]
+    for units in (2, 1):
         for panel in (2,) if tokens > 32 or base.panel == 2 else (4, 2):
             shape = {"split_k": True, "units": units, "panel": panel}
             for x_panel, stages, x_stages in (
@@ -276,6 +280,9 @@ def _split_k_plans(base: BatchConfig, smem_bytes: int) -> Iterator[BatchPlan]:
                 if plans[0].config.smem_bytes <= smem_bytes:
                     yield from plans
                     break
+            else:
+                continue
+            break
 
 
 def _token_tiles(m: int) -> tuple[int, ...]:

@@ -171,8 +171,8 @@ __global__ void __launch_bounds__(Batch<Config>::kThreads, 1)
       ptx::mbarrier_init(x_empty + i * 8, D::kWarps / D::kShares);
     }
     for (int i = 0; i < D::kGroups; i++) {
-      ptx::mbarrier_init(barriers + (D::kReady + i) * 8, D::kGroupThreads * D::kCluster);
-      ptx::mbarrier_init(barriers + (D::kRead + i) * 8, D::kGroupThreads * D::kCluster);
+      ptx::mbarrier_init(barriers + (D::kReady + i) * 8, D::kArrivals);
+      ptx::mbarrier_init(barriers + (D::kRead + i) * 8, D::kArrivals);
     }
     ptx::fence_mbarrier_init();
   }

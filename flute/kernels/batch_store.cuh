@@ -9,7 +9,7 @@ namespace flute {
 // Sums of a unit -> out. A group is the warpgroups that have parts of it.
 template <class D>
 struct Epilogue {
-  static constexpr int kAcc = D::kTokens / 2;
+  static constexpr int kAcc = D::kTokens / 2, kOwn = -1;  // not through the cluster
   const BatchParams& p;
   u32 partials, ready, read, rank;  // of the group
   int warpgroup, lane, thread;      // thread of the group
@@ -19,11 +19,11 @@ struct Epilogue {
     ptx::named_barrier(1 + (D::kSplitK ? D::kWarpgroups : warpgroup), D::kGroupThreads);
   }
 
-  // At every rank's barrier. Why each thread for itself: compute-sanitizer cannot follow an arrival
-  // by one for others, and there are few.
-  static FLUTE_DEVICE void arrive(u32 barrier) {
+  // At every rank's barrier, after `sync`.
+  FLUTE_DEVICE void arrive(u32 barrier) const {
 #pragma unroll
-    for (int r = 0; r < D::kCluster; r++) ptx::mbarrier_arrive_cluster(ptx::mapa(barrier, r));
+    for (int r = 0; r < D::kCluster; r++)
+      if (D::kEachArrives || thread == r) ptx::mbarrier_arrive_cluster(ptx::mapa(barrier, r));
   }
 
   FLUTE_DEVICE void run(const float (&acc)[kAcc], int block, int token_tile) {
@@ -42,6 +42,10 @@ struct Epilogue {
               own + ((j * 8 + q * 2 + (i & 1)) * D::kPartialStride + row + (i >> 1) * 8) * 4,
               acc[(slab * D::kSlab / 8 + j) * 4 + i]);
       sync();
+      if constexpr (D::kCluster > 1 && D::kShares > 1) {  // distributed shared memory is slow
+        add_shares();
+        sync();
+      }
       if constexpr (D::kCluster > 1) {
         arrive(ready);
         ptx::mbarrier_wait_cluster(ready, parity);
@@ -58,17 +62,36 @@ struct Epilogue {
     }
   }
 
-  // 4 rows of one token, of one part: a warpgroup of a rank.
-  FLUTE_DEVICE void load(float (&v)[4], u32 at, int part) const {
-    at += part % D::kShares * D::kPartialBytes;
-    if constexpr (D::kCluster > 1) {
-      ptx::ld_cluster_v4_f32(v, ptx::mapa(at, part / D::kShares));
+  // The parts of all warpgroups into the first one's place.
+  FLUTE_DEVICE void add_shares() const {
+    for (int i = thread; i < D::kSlab * 16; i += D::kGroupThreads) {
+      const u32 at = partials + (i / 16 * D::kPartialStride + i % 16 * 4) * 4;
+      float sum[4];
+      load(sum, at, kOwn);
+#pragma unroll
+      for (int share = 1; share < D::kShares; share++)
+        add(sum, at + share * D::kPartialBytes, kOwn);
+      ptx::st_shared_v4(at, __float_as_uint(sum[0]), __float_as_uint(sum[1]),
+                        __float_as_uint(sum[2]), __float_as_uint(sum[3]));
+    }
+  }
+
+  // 4 rows of one token, of a rank.
+  static FLUTE_DEVICE void load(float (&v)[4], u32 at, int from) {
+    if (D::kCluster > 1 && from >= 0) {
+      ptx::ld_cluster_v4_f32(v, ptx::mapa(at, from));
     } else {
       u32 bits[4];
       ptx::ld_shared_v4(bits, at);
 #pragma unroll
       for (int j = 0; j < 4; j++) v[j] = __uint_as_float(bits[j]);
     }
+  }
+  static FLUTE_DEVICE void add(float (&sum)[4], u32 at, int from) {
+    float v[4];
+    load(v, at, from);
+#pragma unroll
+    for (int j = 0; j < 4; j++) sum[j] += v[j];
   }
 
   // 8 rows of one token.
@@ -81,13 +104,15 @@ struct Epilogue {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       float sum[4];
-      load(sum, at + h * 16, 0);
+      if constexpr (D::kCluster > 1) {
+        load(sum, at + h * 16, 0);
 #pragma unroll 1  // the sums of later slabs still need their registers
-      for (int part = 1; part < D::kCluster * D::kShares; part++) {
-        float other[4];
-        load(other, at + h * 16, part);
+        for (int r = 1; r < D::kCluster; r++) add(sum, at + h * 16, r);
+      } else {
+        load(sum, at + h * 16, kOwn);
 #pragma unroll
-        for (int j = 0; j < 4; j++) sum[j] += other[j];
+        for (int share = 1; share < D::kShares; share++)
+          add(sum, at + h * 16 + share * D::kPartialBytes, kOwn);
       }
 #pragma unroll
       for (int j = 0; j < 4; j++) v[h * 4 + j] = sum[j];

@@ -43,6 +43,14 @@ struct Batch {
   static constexpr int kShares = kSplitK ? kWarpgroups : 1;  // of K in a block, each with its x
   static constexpr int kGroups = kSplitK ? 1 : kWarpgroups;  // that store units of their own
   static constexpr int kGroupThreads = kWarps * 32 / kGroups;
+  // compute-sanitizer's racecheck cannot follow an arrival by one thread for others; an arrival by
+  // each takes 8 us in a cluster of 4.
+#ifdef FLUTE_RACECHECK
+  static constexpr bool kEachArrives = true;
+#else
+  static constexpr bool kEachArrives = false;
+#endif
+  static constexpr int kArrivals = kCluster * (kEachArrives ? kGroupThreads : 1);
   static constexpr bool kRowTables = Config::row_tables;
   static constexpr bool kScaleSums = Config::scale_sums && kGroup != 0;
   static constexpr bool kScaleWeights = !Config::scale_sums && kGroup != 0;
