@@ -167,15 +167,16 @@ def _most_clusters(cluster: int, num_sms: int) -> int:
 
 # Model of a kernel's time (H200, 4 bits, fp16, group 128, 2026-11-22): microseconds that 1,000 k of
 # 64 rows take with all warpgroups busy, by tokens; and what 1, 2, ... busy ones take of that.
-_UNIT_US = {8: 1.22, 16: 1.27, 24: 1.4, 32: 1.52, 48: 1.78, 64: 1.99} | {
+_UNIT_US = {8: 1.13, 16: 1.18, 24: 1.3, 32: 1.42, 48: 1.66, 64: 1.9} | {
     96: 2.6,
     128: 3.04,
     192: 4.8,
     256: 5.75,
 }
+_SPLIT_K_US = {8: 1.25, 16: 1.32, 24: 1.55, 32: 1.8, 48: 2.2, 64: 2.55}  # all are always busy
 _BUSY = {4: (2.15, 2.64, 3.6, 4.0), 3: (1.6, 2.4, 3.3), 2: (1.3, 2.0)}
 _BUSY_WIDE = (1.5, 2.3, 3.2, 4.0)  # from 96 tokens on
-_CLUSTER_US = {1: 0.0, 2: 0.3, 4: 0.8, 8: 3.0}
+_CLUSTER_US = {1: (0.0, 0.0), 2: (0.6, 0.03), 4: (3.5, 0.05), 8: (6.0, 0.1)}  # and per token
 
 
 def predicted_us(plan: BatchPlan, m: int, n: int, k: int, gpu: Gpu) -> float:
@@ -195,15 +196,15 @@ def predicted_us(plan: BatchPlan, m: int, n: int, k: int, gpu: Gpu) -> float:
         panels = -(-padded_k(k) // CHUNK_K // c.panel // c.cluster)
         rounds = -(-panels // c.warpgroups) * c.warpgroups * c.panel * CHUNK_K
         passes = -(-units // c.units)
-        return (
-            4 + (_CLUSTER_US[c.cluster] + 0.5) * passes + units * rounds / 1e3 * _UNIT_US[c.tokens]
-        )
+        exchange = 2.5 + 0.1 * c.tokens if c.cluster > 1 else 0.0
+        return 1.5 + 0.5 * passes + units * (exchange + rounds / 1000 * _SPLIT_K_US[c.tokens])
     busy = _BUSY_WIDE if c.tokens >= 96 and c.warpgroups == 4 else _BUSY[c.warpgroups]
     full, rest = divmod(units, -(-units // c.warpgroups))
     passes = -(-units // c.warpgroups)
     share = rest * busy[full] if rest else 0.0
     share += (passes - rest) * busy[full - 1]
-    return 4 + _CLUSTER_US[c.cluster] * passes + share * k / c.cluster / 1000 * _UNIT_US[c.tokens]
+    exchange = _CLUSTER_US[c.cluster][0] + _CLUSTER_US[c.cluster][1] * c.tokens
+    return 3 + exchange * passes + share * k / c.cluster / 1000 * _UNIT_US[c.tokens]
 
 
 def candidates(problem: Problem, gpu: Gpu) -> list[BatchPlan]:
@@ -246,7 +247,7 @@ def _plans(problem: Problem, gpu: Gpu) -> Iterator[BatchPlan]:
                 shapes = [shape, replace(plain, batch=4), plain]
             if group_size == 0 or group_size >= 64:
                 shapes += [replace(s, running=2) for s in shapes if s.buffers == 4]
-            if tokens <= 64 and cluster <= 4:
+            if tokens <= 64 and cluster <= 2:
                 yield from _split_k_plans(shape, gpu.smem_bytes)
             for fitted in shapes:
                 for stages in (3, 2):  # as many as fit
@@ -265,9 +266,8 @@ def _split_k_plans(base: BatchConfig, smem_bytes: int) -> Iterator[BatchPlan]:
         kinds = [lean, replace(base, sum_buffers=1)]
     else:
         kinds = [replace(lean, batch=4), replace(base, sum_buffers=1 if tokens > 16 else 2)]
-    for units in (2, 1):
+    for units in (1, 2) if base.cluster == 1 else (1,):
         for panel in (2,) if tokens > 32 or base.panel == 2 else (4, 2):
-            shape = {"split_k": True, "units": units, "panel": panel}
             for x_panel, stages, x_stages in (
                 (panel, 3, 3),
                 (panel, 3, 2),
@@ -275,10 +275,20 @@ def _split_k_plans(base: BatchConfig, smem_bytes: int) -> Iterator[BatchPlan]:
                 (panel // 2, 3, 3),
                 (panel // 2, 2, 3),
             ):
-                sizes = {"x_panel": x_panel, "stages": stages, "x_stages": x_stages}
-                plans = [BatchPlan(replace(kind, **shape, **sizes)) for kind in kinds]
-                if plans[0].config.smem_bytes <= smem_bytes:
-                    yield from plans
+                fitted = [
+                    replace(
+                        kind,
+                        split_k=True,
+                        units=units,
+                        panel=panel,
+                        x_panel=x_panel,
+                        stages=stages,
+                        x_stages=x_stages,
+                    )
+                    for kind in kinds
+                ]
+                if fitted[0].smem_bytes <= smem_bytes:
+                    yield from map(BatchPlan, fitted)
                     break
             else:
                 continue

@@ -23,9 +23,9 @@ MAX_SPLIT_M = 96
 8192 a launch of 16 tokens takes 107 us, the other way 746 us at M = 64 (4 bits, H200)."""
 MAX_BATCH_M = 2048
 """Beyond it the batch kernel's slower tiles cost more than dequantising once (H200)."""
-_SHORT = 24e6
-"""Weights of a product whose 9 to 16 tokens are faster decoded (4096 x 4096: 8.0 us against 9.6,
-8192 x 28672: 67 against 52; 4 bits, H200, 2026-11-22)."""
+_SHORT = 16e6
+"""Weights of a product whose 9 to 16 tokens are faster decoded (4096 x 4096, 16 tokens: 7.9 us
+against 7.4, 9 tokens: 7.4 against 7.5; 4 bits, H200, 2026-11-22)."""
 
 
 @dataclass(frozen=True)

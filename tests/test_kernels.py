@@ -37,6 +37,8 @@ def check_report(log: str) -> None:
 BATCH_SPREAD = [
     Problem(4, 128, "float16", "float16", False, 16, 57344, 8192),
     Problem(3, 32, "bfloat16", "float32", False, 32, 4096, 4096),
+    Problem(4, 128, "float16", "float16", False, 24, 4096, 14336),
+    Problem(2, 128, "bfloat16", "bfloat16", True, 16, 4096, 4096),
     Problem(2, 0, "float16", "bfloat16", False, 48, 4096, 14336),
     Problem(4, 64, "bfloat16", "bfloat16", True, 64, 8192, 28672),
     Problem(2, 128, "float16", "float16", False, 96, 1000, 11008),
