@@ -98,6 +98,7 @@ def test_quantise_on_load_to_the_gpu_equals_loading(quantized):
     assert torch.equal(model(ids).logits, loaded(ids).logits)
 
 
+@pytest.mark.filterwarnings("ignore:A product on cuda.0 takes the slow path")  # offloaded layers
 def test_generate_offload_and_autocast(quantized):
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     ids = tokenizer("The king of the", return_tensors="pt").input_ids
