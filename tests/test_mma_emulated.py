@@ -35,7 +35,12 @@ def driver(monkeypatch):
     monkeypatch.setattr(launch, "_driver", lambda: {"cuLaunchKernelEx": lambda *a: 0})
 
 
+_libraries: dict[MmaConfig, ctypes.CDLL] = {}
+
+
 def compile_kernel(config: MmaConfig, folder) -> ctypes.CDLL:
+    if config in _libraries:
+        return _libraries[config]
     for header in launchers.KERNELS.glob("*.cuh"):
         shutil.copy(header, folder)
     shutil.copy(ROOT / "tests" / "emulator" / "ptx.cuh", folder)
@@ -44,7 +49,8 @@ def compile_kernel(config: MmaConfig, folder) -> ctypes.CDLL:
     source = ROOT / "tests" / "emulator" / "emulator.cpp"
     command = [CXX, "-std=c++20", "-O1", "-shared", "-fPIC", "-w", f"-I{folder}"]
     subprocess.run([*command, "-o", str(library), str(source)], check=True)
-    return ctypes.CDLL(str(library))
+    _libraries[config] = ctypes.CDLL(str(library))
+    return _libraries[config]
 
 
 def run(library, product, pointers, *, early):
@@ -163,4 +169,4 @@ def test_no_bank_conflicts(num_bits, tmp_path, driver):
     reads, writes, matrices = counts[0] / counts[1]
     assert matrices == 1
     assert writes == 1
-    assert reads < 1.05
+    assert reads < 1.15  # sums are read 32 bytes to a lane, which takes twice their wavefronts

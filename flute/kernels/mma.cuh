@@ -66,7 +66,10 @@ __global__ void __launch_bounds__(Mma<Config>::kThreads, Config::min_blocks)
     return;
   }
   const u32 smem = ptx::smem_address(smem_base), stages = smem + D::kStageOffset;
-  const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  // Why shuffles: they tell the compiler that `warp` is uniform, and keep it from computing `lane`
+  // anew wherever it is used.
+  const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
+  const int lane = __shfl_sync(0xFFFFFFFFu, threadIdx.x % 32, threadIdx.x % 32);
   const MmaPieces<D> pieces(p);
   const int begin = pieces.begin(blockIdx.x), end = pieces.begin(blockIdx.x + 1);
   const float* tables = static_cast<const float*>(p.table);
@@ -75,15 +78,15 @@ __global__ void __launch_bounds__(Mma<Config>::kThreads, Config::min_blocks)
   MmaFeed<D> feed(p, pieces, begin, end, warp, lane), x_feed = feed;
 #pragma unroll 1
   for (int i = 0; i < D::kStages - 1; i++) {
-    feed.copy_weights(stages + i * D::kStageBytes);
-    feed.advance();
+    feed.copy_weights(stages + i * D::kStageBytes, lane);
+    feed.advance(warp, lane);
   }
   ptx::griddepcontrol_launch_dependents();
   ptx::griddepcontrol_wait();
 #pragma unroll 1
   for (int i = 0; i < D::kStages - 1; i++) {
     x_feed.copy_x(stages + i * D::kStageBytes);
-    x_feed.advance();
+    x_feed.advance(warp, lane);
     ptx::cp_async_commit();  // the first holds all weights
   }
 
@@ -108,8 +111,8 @@ __global__ void __launch_bounds__(Mma<Config>::kThreads, Config::min_blocks)
       ptx::cp_async_wait<D::kStages - 2>();
       __syncthreads();  // all copies of this stage have landed; all reads of the last are done
       feed.copy_x(stages + free);
-      feed.copy_weights(stages + free);
-      feed.advance();
+      feed.copy_weights(stages + free, lane);
+      feed.advance(warp, lane);
       ptx::cp_async_commit();
       consumer.run(acc, stages + stage);
       free = stage;

@@ -28,13 +28,18 @@ struct MmaWarp {
   const u32 table, offset, x_lane;
   const int warp_n, warp_k, lane;
 
+  // ptxas computes what depends on the thread index anew wherever it is used, but for shuffled
+  // values (decode.cuh).
+  static FLUTE_DEVICE u32 opaque(u32 value, int lane) {
+    return __shfl_sync(0xFFFFFFFFu, value, lane);
+  }
+
   FLUTE_DEVICE MmaWarp(u32 smem_table, int warp, int lane)
       : table(smem_table),
-        // Opaque, so that ptxas does not mask the thread index anew for every lookup (decode.cuh).
-        offset(
-            __shfl_sync(0xFFFFFFFFu, D::kRowTables ? lane * 4 : D::Table::lane_offset(lane), lane)),
+        offset(opaque(D::kRowTables ? lane * 4 : D::Table::lane_offset(lane), lane)),
         // ldmatrix: lanes 0-7 k 0-7 and 8-15 k 8-15 of tokens 0-7, lanes 16-31 of tokens 8-15.
-        x_lane(((lane >> 4) * 8 + (lane & 7)) * 128 + (((lane >> 3) & 1) ^ (lane & 7)) * 16),
+        x_lane(opaque(((lane >> 4) * 8 + (lane & 7)) * 128 + (((lane >> 3) & 1) ^ (lane & 7)) * 16,
+                      lane)),
         warp_n(warp % D::kWarpsN),
         warp_k(warp / D::kWarpsN),
         lane(lane) {}

@@ -48,91 +48,126 @@ struct MmaPieces {
   }
 };
 
-// Walks the steps of a piece and copies what they need, 16 bytes a thread.
+// Walks the steps of a piece and copies what they need, 16 bytes a thread. What is read is counted
+// in granules of 16 bytes, so that an address is one multiply-add to a base in constant memory.
 template <class D>
 struct MmaFeed {
+  static constexpr int kRowsAtOnce = D::kThreads / 8;  // of x, 8 granules each
+  static constexpr int kXCopies = (D::kChunks * D::kTokens + kRowsAtOnce - 1) / kRowsAtOnce;
+  static constexpr int kScaleGranules = D::kScaleBytes / 16;  // of a tile
+  static constexpr int kScaleCopies =
+      (D::kUnitTiles * kScaleGranules + D::kThreads - 1) / D::kThreads;
+  static constexpr int kChunkGranules = D::Table::kChunkBytes / 16;
+  // A group longer than a stage is copied with each of its stages.
+  static constexpr int kStepsPerGroup =
+      D::kGroup > D::kChunks * 64 ? D::kGroup / (D::kChunks * 64) : 1;
+
   const MmaParams& p;
-  const int steps, warp_n, warp_k, lane;
-  int unit, step, left;  // step of the unit; steps of the piece to go
-  int token;             // first of the unit
-  u32 chunk[D::kTiles];  // of the warp's tiles, at k = 0
+  const int steps;
+  int unit, step, left;                        // step of the unit; steps of the piece to go
+  u32 x_to, weights_to;                        // in a stage
+  u32 x_granule[kXCopies], x_steps[kXCopies];  // how many steps have anything to copy
+  u32 granule[D::kTiles];
+  u32 scale[kScaleCopies + 1];
 
   FLUTE_DEVICE MmaFeed(const MmaParams& p, const MmaPieces<D>& pieces, int begin, int end, int warp,
                        int lane)
       : p(p),
         steps(pieces.steps),
-        warp_n(warp % D::kWarpsN),
-        warp_k(warp / D::kWarpsN),
-        lane(lane),
         unit(begin / pieces.steps),
         step(begin % pieces.steps),
         left(end - begin) {
-    if (left > 0) begin_unit();
+    const int warp_n = warp % D::kWarpsN, warp_k = warp / D::kWarpsN, row = threadIdx.x / 8;
+    x_to = row * 128 + ((threadIdx.x ^ row) & 7) * 16;
+    weights_to = D::kWeightOffset + warp_n * D::kTiles * D::kTileBytes +
+                 warp_k * D::Table::kChunkBytes + lane * 16;
+    // Opaque, so that ptxas does not compute them anew each step (decode.cuh).
+    x_to = __shfl_sync(0xFFFFFFFFu, x_to, lane);
+    weights_to = __shfl_sync(0xFFFFFFFFu, weights_to, lane);
+    begin_unit(warp_n * D::kTiles, warp_k, lane);
   }
 
-  FLUTE_DEVICE void begin_unit() {
+  // Set what is read to the current step of the current unit.
+  FLUTE_DEVICE void begin_unit(int warp_tile, int warp_k, int lane) {
     const MmaUnit u = unit_at<D>(p, unit);
-    token = u.token_tile * D::kTokens;
+#pragma unroll
+    for (int i = 0; i < kXCopies; i++) {
+      const int row = threadIdx.x / 8 + i * kRowsAtOnce;  // chunk, token
+      const int m = u.token_tile * D::kTokens + row % D::kTokens;
+      const int at = row / D::kTokens * 8 + threadIdx.x % 8, row_granules = p.shape_k / 8;
+      x_granule[i] = static_cast<u32>(m) * row_granules + step * (D::kChunks * 8) + at;
+      const bool inside = m < p.shape_m && row < D::kChunks * D::kTokens;
+      x_steps[i] = inside ? max(row_granules - at + D::kChunks * 8 - 1, 0) / (D::kChunks * 8) : 0;
+    }
     // Rows past the last: any tile will do, they are not stored.
 #pragma unroll
-    for (int r = 0; r < D::kTiles; r++)
-      chunk[r] =
-          static_cast<u32>(min(u.tile + warp_n * D::kTiles + r, u.tile_end - 1)) * p.num_chunks;
+    for (int r = 0; r < D::kTiles; r++) {
+      const u32 tile = min(u.tile + warp_tile + r, u.tile_end - 1);
+      granule[r] = (tile * p.num_chunks + step * D::kChunks + warp_k) * kChunkGranules + lane;
+    }
+    // A unit of scales is 16 rows of a group; K is padded to 256, so a tile has whole groups.
+    if constexpr (kScaleCopies > 0)
+#pragma unroll
+      for (int i = 0; i < kScaleCopies; i++) {
+        const int at = threadIdx.x + i * D::kThreads;
+        const u32 tile = min(u.tile + at / kScaleGranules, u.tile_end - 1);
+        const u32 group = tile * p.num_chunks * 4 / D::kGroupSteps;
+        scale[i] = group * D::Scale::kBytes + at % kScaleGranules;
+      }
   }
 
-  FLUTE_DEVICE void advance() {
-    if (left == 0) return;
-    if (--left > 0 && ++step == steps) {
+  FLUTE_DEVICE void advance(int warp, int lane) {
+    if (--left <= 0) return;
+    if (++step < steps) {
+#pragma unroll
+      for (int i = 0; i < kXCopies; i++) x_granule[i] += D::kChunks * 8;
+#pragma unroll
+      for (int r = 0; r < D::kTiles; r++) granule[r] += D::kChunks * kChunkGranules;
+    } else {
       step = 0;
       unit++;
-      begin_unit();
+      begin_unit(warp % D::kWarpsN * D::kTiles, warp / D::kWarpsN, lane);
     }
   }
 
-  // Granules of 16 bytes, 8 to a token and chunk, swizzled so that ldmatrix meets no bank twice;
-  // zeros past M and K.
+  // Granules of a row (token) of 64 k are swizzled, so that ldmatrix meets no bank twice; zeros
+  // past M and K.
   FLUTE_DEVICE void copy_x(u32 stage) const {
-    if (left == 0) return;
-    constexpr int kGranules = D::kChunks * D::kTokens * 8;
-    const int granule = threadIdx.x % 8;
+    if (left <= 0) return;
 #pragma unroll
-    for (int i = 0; i < (kGranules + D::kThreads - 1) / D::kThreads; i++) {
-      const int row = threadIdx.x / 8 + i * (D::kThreads / 8);  // chunk, token
-      if (kGranules % D::kThreads && row * 8 >= kGranules) break;
-      const int m = token + row % D::kTokens,
-                k = (step * D::kChunks + row / D::kTokens) * 64 + granule * 8;
-      const bool inside = m < p.shape_m && k < p.shape_k;
-      const u16* from =
-          static_cast<const u16*>(p.x) + (inside ? static_cast<long long>(m) * p.shape_k + k : 0);
-      ptx::cp_async_16(stage + row * 128 + ((granule ^ (row % D::kTokens)) & 7) * 16, from,
-                       inside ? 16 : 0);
+    for (int i = 0; i < kXCopies; i++) {
+      if ((i + 1) * kRowsAtOnce > D::kChunks * D::kTokens &&
+          threadIdx.x / 8 + i * kRowsAtOnce >= D::kChunks * D::kTokens)
+        break;
+      ptx::cp_async_16(stage + x_to + i * kRowsAtOnce * 128,
+                       static_cast<const u8*>(p.x) + static_cast<u64>(x_granule[i]) * 16,
+                       step < static_cast<int>(x_steps[i]) ? 16 : 0);
     }
   }
 
-  // Each warp its own chunks of its own tiles, and the first along K the scales.
-  FLUTE_DEVICE void copy_weights(u32 stage) const {
-    if (left == 0) return;
-    constexpr int kChunkBytes = D::Table::kChunkBytes;
+  // Each warp its own chunks of its own tiles; scales by all threads.
+  FLUTE_DEVICE void copy_weights(u32 stage, int lane) const {
+    if (left <= 0) return;
+    if (lane < kChunkGranules)
 #pragma unroll
-    for (int r = 0; r < D::kTiles; r++) {
-      const u32 at = chunk[r] + step * D::kChunks;
-      const int tile = warp_n * D::kTiles + r;
-      const u8* weights = static_cast<const u8*>(p.packed) +
-                          static_cast<u64>(at + warp_k) * kChunkBytes + lane * 16;
-      const u32 to =
-          stage + D::kWeightOffset + tile * D::kTileBytes + warp_k * kChunkBytes + lane * 16;
+      for (int r = 0; r < D::kTiles; r++) {
+        const u8* from = static_cast<const u8*>(p.packed) + static_cast<u64>(granule[r]) * 16;
 #pragma unroll
-      for (int j = 0; j < D::kChunks; j += D::kWarpsK)
-        if (lane * 16 < kChunkBytes)
-          ptx::cp_async_16(to + j * kChunkBytes, weights + j * kChunkBytes, 16);
-      if (D::kScaleBytes > 0 && warp_k == 0 && lane * 16 < D::kScaleBytes) {
-        // A group's scales are 16 rows'; K is padded to 256, so whole groups come before a tile.
-        const u8* scales = static_cast<const u8*>(p.scales) +
-                           static_cast<u64>(at * 4 / D::kGroupSteps) * (16 * D::Scale::kBytes);
-        ptx::cp_async_16(stage + D::kScaleOffset + tile * D::kScaleBytes + lane * 16,
-                         scales + lane * 16, 16);
+        for (int j = 0; j < D::kChunks; j += D::kWarpsK)
+          ptx::cp_async_16(stage + weights_to + r * D::kTileBytes + j * D::Table::kChunkBytes,
+                           from + j * D::Table::kChunkBytes, 16);
       }
-    }
+    if constexpr (kScaleCopies > 0)
+#pragma unroll
+      for (int i = 0; i < kScaleCopies; i++) {
+        const int at = threadIdx.x + i * D::kThreads;
+        if (at < D::kUnitTiles * kScaleGranules)
+          ptx::cp_async_16(
+              stage + D::kScaleOffset + at * 16,
+              static_cast<const u8*>(p.scales) +
+                  static_cast<u64>(scale[i] + step / kStepsPerGroup * kScaleGranules) * 16,
+              16);
+      }
   }
 };
 

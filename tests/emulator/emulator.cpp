@@ -5,6 +5,7 @@
 // before its wait, or a stage filled while in use, gives wrong sums in one of the two.
 //
 // Counts the wavefronts of shared memory that a warp's reads take, and those without conflicts.
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdio>
@@ -39,10 +40,11 @@ struct Access {
 
 struct Fiber {
   ucontext_t context;
+  jmp_buf at;  // once started. Why: swapcontext asks the system twice, _longjmp never
   std::unique_ptr<u8[]> stack{new u8[kStackBytes]};
   std::deque<std::vector<Copy>> groups;  // copies in flight, the last group not committed
   std::vector<Access> accesses;
-  bool done = false;
+  bool started = false, done = false;
 };
 
 struct Meeting {
@@ -58,14 +60,23 @@ std::vector<Fiber> fibers;
 std::vector<Meeting> warps;
 std::vector<WarpOperands> operands;
 Meeting block;
-ucontext_t scheduler;
+jmp_buf scheduler;
 int running, alive;
 bool copies_are_early;
 u32 limit;
 long long wavefronts[3], ideal[3];
 void (*entry)();
 
-void yield() { swapcontext(&fibers[running].context, &scheduler); }
+void yield() {
+  if (!_setjmp(fibers[running].at)) _longjmp(scheduler, 1);
+}
+
+void resume(Fiber& fiber) {
+  if (_setjmp(scheduler)) return;
+  if (fiber.started) _longjmp(fiber.at, 1);
+  fiber.started = true;
+  setcontext(&fiber.context);
+}
 
 // Wait for `count` threads; the last does `work`.
 template <class Work>
@@ -243,7 +254,7 @@ extern "C" void run_grid(const void* parameters, int size, int grid_x, int grid_
       std::memset(flute::smem_base, 0xFF, sizeof flute::smem_base);  // NaN
       warps.assign(num_threads / 32, {}), block = {}, alive = num_threads;
       for (Fiber& fiber : fibers) {
-        fiber.done = false, fiber.groups.clear(), fiber.accesses.clear();
+        fiber.started = fiber.done = false, fiber.groups.clear(), fiber.accesses.clear();
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.get();
         fiber.context.uc_stack.ss_size = kStackBytes;
@@ -254,7 +265,7 @@ extern "C" void run_grid(const void* parameters, int size, int grid_x, int grid_
         for (running = 0; running < num_threads; running++)
           if (!fibers[running].done) {
             threadIdx = {static_cast<unsigned>(running), 0, 0};
-            swapcontext(&scheduler, &fibers[running].context);
+            resume(fibers[running]);
           }
       if (x == 0 && y == 0) count_conflicts();
     }

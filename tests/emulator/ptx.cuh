@@ -43,11 +43,13 @@ inline unsigned __funnelshift_r(unsigned lo, unsigned hi, unsigned shift) {
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   const uint64_t v = static_cast<uint64_t>(b) << 32 | a;
   unsigned d = 0;
-  for (int i = 0; i < 4; i++) d |= static_cast<unsigned>(v >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
+  for (int i = 0; i < 4; i++)
+    d |= static_cast<unsigned>(v >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
   return d;
 }
 unsigned __shfl_sync(unsigned mask, unsigned value, int lane);
 inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
 
 namespace flute {
