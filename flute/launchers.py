@@ -366,10 +366,9 @@ def _mma_product(
         )
 
     multiply = launcher(0, (work.pieces, 1, 1), config.smem_bytes)
-    if not work.has_parts:
+    if not work.parted:
         return Product(plan, multiply)
-    items = config.tokens * config.unit_tiles * TILE_N // 8  # of a unit, one to a thread
-    add = launcher(1, (work.pieces - 1, -(-items // config.num_threads), 1), 0)
+    add = launcher(1, (work.pieces - 1, mma.sum_blocks(plan, work, gpu), 1), 0)
     return Product(plan, Chain((multiply, add)), mma.scratch_floats(plan, work))
 
 

@@ -122,14 +122,14 @@ class Work(NamedTuple):
         token_tiles: of all tokens.
         grain: steps that are not parted: 1, or those of a unit.
         pieces: blocks of the first launch.
-        has_parts: whether a border between pieces parts a unit, so that a second launch is needed.
+        parted: units that borders between pieces part; a second launch sums their parts.
     """
 
     row_blocks: int
     token_tiles: int
     grain: int
     pieces: int
-    has_parts: bool
+    parted: int
 
 
 def work_of(plan: MmaPlan, m: int, n: int, k: int, gpu: Gpu, ends: tuple[int, ...] = ()) -> Work:
@@ -154,7 +154,8 @@ def work_of(plan: MmaPlan, m: int, n: int, k: int, gpu: Gpu, ends: tuple[int, ..
     grains = row_blocks * token_tiles * (steps // grain)
     pieces = min(grains, gpu.num_sms * c.min_blocks)
     borders = (grains * i // pieces * grain for i in range(1, pieces))
-    return Work(row_blocks, token_tiles, grain, pieces, any(b % steps for b in borders))
+    parted = len({b // steps for b in borders if b % steps})
+    return Work(row_blocks, token_tiles, grain, pieces, parted)
 
 
 def scratch_floats(plan: MmaPlan, work: Work) -> int:
@@ -165,7 +166,20 @@ def scratch_floats(plan: MmaPlan, work: Work) -> int:
         work: how its work is cut.
     """
     c = plan.config
-    return 2 * work.pieces * c.tokens * c.unit_tiles * TILE_N if work.has_parts else 0
+    return 2 * work.pieces * c.tokens * c.unit_tiles * TILE_N if work.parted else 0
+
+
+def sum_blocks(plan: MmaPlan, work: Work, gpu: Gpu) -> int:
+    """Return how many blocks of the second launch share a unit.
+
+    Args:
+        plan: a kernel.
+        work: how its work is cut, with units parted.
+        gpu: where it runs.
+    """
+    c = plan.config
+    rounds = -(-c.tokens * c.unit_tiles * TILE_N // 8 // (4 * c.num_threads))
+    return max(1, min(rounds, gpu.num_sms // work.parted))
 
 
 class _Rates(NamedTuple):
@@ -229,7 +243,7 @@ def predicted_us(plan: MmaPlan, m: int, n: int, k: int, gpu: Gpu) -> float:
     units = work.row_blocks * work.token_tiles
     each = units * steps / work.pieces if plan.parts else -(-units // work.pieces) * steps
     us = _LAUNCH_US + each * step_clocks / rates.ghz / 1e3
-    if work.has_parts:  # written, and read again, at half of what the L2 gives
+    if work.parted:  # written, and read again, at half of what the L2 gives
         us += _SUM_US + 4 * scratch_floats(plan, work) / work.pieces / 16 / rates.ghz / 1e3
     return us
 

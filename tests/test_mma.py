@@ -19,6 +19,7 @@ from flute.mma import (
     candidates,
     predicted_us,
     scratch_floats,
+    sum_blocks,
     supports,
     work_of,
 )
@@ -90,11 +91,12 @@ def test_pieces_are_equal_and_cover_all(parts, m, n, k, ends):
     assert min(sizes) > 0
     assert max(sizes) - min(sizes) <= work.grain
     assert work.pieces <= A100.num_sms
-    assert work.has_parts == any(b % steps for b in at)
-    assert parts or not work.has_parts
+    assert work.parted == len({b // steps for b in at if b % steps})
+    assert parts or not work.parted
+    assert not work.parted or 1 <= sum_blocks(plan, work, A100) <= 4
     rows = [-(-(b - a) // 256) for a, b in zip((0, *ends), ends or (n,), strict=False)]
     assert work.row_blocks == sum(rows)
-    assert scratch_floats(plan, work) == (2 * work.pieces * 32 * 256 if work.has_parts else 0)
+    assert scratch_floats(plan, work) == (2 * work.pieces * 32 * 256 if work.parted else 0)
 
 
 @pytest.mark.parametrize("shape", [(57344, 8192), (8192, 28672), (4096, 4096), (28672, 4096)])

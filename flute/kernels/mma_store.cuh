@@ -80,34 +80,49 @@ FLUTE_DEVICE void store_unit(const MmaParams& p, const float (&acc)[D::kTiles][D
   }
 }
 
-// The second launch. Block (i, part): the unit that the border between pieces i and i + 1 parts, if
-// it is the first border in that unit; each thread sums 8 rows of one token.
+// The second launch. Blocks (i, ..): the unit that the border between pieces i and i + 1 parts, if
+// it is the first border in that unit. An item is 8 rows of one token. Why several at once: this is
+// the kernel that multiplies, so few warps fit a multiprocessor, and each must have much in flight.
 template <class D>
 FLUTE_DEVICE void sum_parts(const MmaParams& p) {
+  constexpr int kUnitItems = D::kTokens * D::kRows / 8;
+  constexpr int kRounds = (kUnitItems + D::kThreads - 1) / D::kThreads;
+  constexpr int kItems = kRounds < 4 ? kRounds : 4;
   const MmaPieces<D> pieces(p);
   const int border = pieces.begin(blockIdx.x + 1), index = border / pieces.steps,
             begin = index * pieces.steps, end = begin + pieces.steps;
-  const int item = blockIdx.y * D::kThreads + threadIdx.x, m = item / (D::kRows / 8),
-            row = item % (D::kRows / 8) * 8;
-  if (border == begin || pieces.begin(blockIdx.x) > begin || m >= D::kTokens) return;
+  if (border == begin || pieces.begin(blockIdx.x) > begin) return;
   const MmaUnit unit = unit_at<D>(p, index);
-  const int token = unit.token_tile * D::kTokens + m, n = unit.tile * 16 + row;
-  if (token >= p.shape_m || n >= unit.tile_end * 16 || n >= p.shape_n) return;
-  float v[8] = {};
+  const int thread = threadIdx.x;
 #pragma unroll 1
-  for (int piece = blockIdx.x; piece < p.num_pieces && pieces.begin(piece) < end; piece++) {
-    const float* from =
-        p.workspace +
-        (static_cast<long long>(pieces.slot(piece, index)) * D::kTokens + m) * D::kRows + row;
+  for (int first = blockIdx.y * kItems * D::kThreads; first < kUnitItems;
+       first += gridDim.y * kItems * D::kThreads) {
+    float v[kItems][8] = {};
+#pragma unroll 1
+    for (int piece = blockIdx.x; piece < p.num_pieces && pieces.begin(piece) < end; piece++) {
+      const float* from =
+          p.workspace + static_cast<long long>(pieces.slot(piece, index)) * kUnitItems * 8;
+      u32 bits[kItems][2][4];
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-      u32 bits[4];
-      ptx::ld_global_v4(bits, from + h * 4);
+      for (int i = 0; i < kItems; i++)
 #pragma unroll
-      for (int j = 0; j < 4; j++) v[h * 4 + j] += __uint_as_float(bits[j]);
+        for (int h = 0; h < 2; h++)
+          ptx::ld_global_v4(
+              bits[i][h], from + min(first + i * D::kThreads + thread, kUnitItems - 1) * 8 + h * 4);
+#pragma unroll
+      for (int i = 0; i < kItems; i++)
+#pragma unroll
+        for (int j = 0; j < 8; j++) v[i][j] += __uint_as_float(bits[i][j / 4][j % 4]);
+    }
+#pragma unroll
+    for (int i = 0; i < kItems; i++) {
+      const int item = first + i * D::kThreads + thread, row = item % (D::kRows / 8) * 8;
+      const int token = unit.token_tile * D::kTokens + item / (D::kRows / 8),
+                n = unit.tile * 16 + row;
+      if (item < kUnitItems && token < p.shape_m && n < unit.tile_end * 16 && n < p.shape_n)
+        store_rows<D>(p, v[i], n, token);
     }
   }
-  store_rows<D>(p, v, n, token);
 }
 
 }  // namespace flute
