@@ -36,18 +36,24 @@ FLUTE_DEVICE void store_unit(const MmaParams& p, const float (&acc)[D::kTiles][D
                              const MmaUnit& unit, int slot, u32 partials, int warp, int lane) {
   const int g = lane >> 2, q = lane & 3;
   const u32 own = partials + warp / D::kWarpsN * D::kPartialBytes;
-#pragma unroll
+#pragma unroll 1
   for (int c = 0; c < D::kColumns; c++) {
     const int token = unit.token_tile * D::kTokens + c * 8;
     if (token >= p.shape_m) break;
     __syncthreads();  // the last 8 tokens' sums have been read
+    // Why not unrolled as a whole: what follows would be compiled for each column, for seconds.
 #pragma unroll
-    for (int r = 0; r < D::kTiles; r++)
+    for (int column = 0; column < D::kColumns; column++) {
+      if (column != c) continue;  // sums are in registers, which have no index
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int row = (warp % D::kWarpsN * D::kTiles + r) * 16 + g + (i >> 1) * 8;
-        ptx::st_shared_f32(own + ((q * 2 + (i & 1)) * D::kPartialStride + row) * 4, acc[r][c][i]);
-      }
+      for (int r = 0; r < D::kTiles; r++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int row = (warp % D::kWarpsN * D::kTiles + r) * 16 + g + (i >> 1) * 8;
+          ptx::st_shared_f32(own + ((q * 2 + (i & 1)) * D::kPartialStride + row) * 4,
+                             acc[r][column][i]);
+        }
+    }
     __syncthreads();
 #pragma unroll 1
     for (int i = threadIdx.x; i < D::kRows; i += D::kThreads) {  // 8 tokens of kRows / 8
