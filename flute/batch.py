@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from flute.config import CHUNK_BYTES, DTYPE_BYTES, Gpu, Problem, constants_of
 from flute.kernel_order import CHUNK_K, TILE_N, padded_k
 
+ENVIRONMENT = "FLUTE_BATCH"
+"""Set to "mma", no batch kernel is used, so that the mma kernels can be tested on sm_90a."""
 BLOCK_N = 64
 """Rows of a wgmma: 4 tiles."""
 TOKENS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -119,6 +121,8 @@ def supports(plan: BatchPlan, m: int, n: int, k: int, gpu: Gpu) -> str:
     c = plan.config
     if gpu.arch != "sm_90a":
         return f"wgmma needs sm_90a, not {gpu.arch}"
+    if os.environ.get(ENVIRONMENT) == "mma":
+        return f"{ENVIRONMENT}=mma"
     if m < 1:
         return "no tokens"
     if c.tokens not in TOKENS:

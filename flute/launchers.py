@@ -17,20 +17,21 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from flute import tuning
+from flute import mma, tuning
 from flute.batch import BLOCK_N, BatchPlan, num_clusters
 from flute.config import DTYPE_IDX, Gpu, Plan, Problem, kernel_group_size, workspace_bytes
 from flute.device import gpu_of
 from flute.errors import UnsupportedProblemError
 from flute.format import PackedWeight
 from flute.kernel_order import CHUNK_K, TILE_N, num_tiles, padded_k
+from flute.mma import MmaPlan
 from flute.plans import DECODE_M, AnyPlan, DensePlan, KernelPlan, SplitPlan, plans_of
 
 if TYPE_CHECKING:
     from array import array
 
     from flute.jit.compiler import Cubin, Source
-    from flute.jit.launch import Launcher
+    from flute.jit.launch import Chain, Launcher
 
 KERNELS = Path(__file__).parent / "kernels"
 MAX_RANGES = 8
@@ -75,7 +76,7 @@ class Product(NamedTuple):
     """
 
     plan: AnyPlan
-    launcher: Launcher | None
+    launcher: Launcher | Chain | None
     num_scratch: int = 0
     map_tokens: int = 0
 
@@ -146,7 +147,8 @@ def source_of(plan: KernelPlan) -> Source:
     """Return the text of a plan's kernel."""
     from flute.jit.compiler import Source
 
-    name = "batch" if isinstance(plan, BatchPlan) else "decode"
+    names: dict[type[KernelPlan], str] = {Plan: "decode", BatchPlan: "batch", MmaPlan: "mma"}
+    name = names[type(plan)]
     return Source(plan.config.source(), f"flute::{name}<Config>", KERNELS)
 
 
@@ -295,6 +297,8 @@ def product_of(
     if isinstance(plan, BatchPlan):
         launcher = _batch_launcher(function, plan, *rest)
         return Product(plan, launcher, map_tokens=plan.config.tokens)
+    if isinstance(plan, MmaPlan):
+        return _mma_product(function, plan, *rest)
     launcher = _decode_launcher(function, plan, *rest)
     return Product(plan, launcher, workspace_bytes(plan, problem.m, problem.n) // 4)
 
@@ -327,6 +331,45 @@ def _batch_launcher(
         device=device,
         name=f"{config}",
     )
+
+
+def _mma_product(
+    function: int,
+    plan: MmaPlan,
+    problem: Problem,
+    gpu: Gpu,
+    table_ends: tuple[int, ...],
+    device: int,
+) -> Product:
+    """Return the product by the launches of an mma kernel: one, and one more if units are parted.
+
+    They take the pointers of `MmaParams`.
+    """
+    from flute.jit.launch import Chain, Launcher
+
+    config, (m, n, k) = plan.config, problem[-3:]
+    work = mma.work_of(plan, m, n, k, gpu, table_ends)
+    sizes = (m, n, k, padded_k(k) // CHUNK_K, work.token_tiles, work.row_blocks, work.pieces)
+
+    def launcher(sums: int, grid: tuple[int, int, int], smem_bytes: int) -> Launcher:
+        params = struct.pack("9i", *sizes, work.grain, sums)
+        return Launcher(
+            function,
+            grid=grid,
+            num_threads=config.num_threads,
+            smem_bytes=smem_bytes,
+            params=bytes(7 * 8) + params + _ranges(table_ends, n),
+            slots=range(0, 7 * 8, 8),
+            dependent=gpu.has_bulk_copies,
+            device=device,
+            name=f"{config}",
+        )
+
+    multiply = launcher(0, (work.pieces, 1, 1), config.smem_bytes)
+    if not work.parted:
+        return Product(plan, multiply)
+    add = launcher(1, (work.pieces - 1, mma.sum_blocks(plan, work, gpu), 1), 0)
+    return Product(plan, Chain((multiply, add)), mma.scratch_floats(plan, work))
 
 
 def _decode_launcher(

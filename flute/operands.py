@@ -78,7 +78,7 @@ class Operands:
         x = self._random("x", self._num_x, DTYPES[key.dtype], 1.0)
         self.x = x[: most_tokens * key.k].view(most_tokens, key.k)
         self._out = self.x.new_empty(most_tokens, key.n)
-        self._scratch = self._out.new_empty(self._out.shape, dtype=torch.float32)
+        self._scratch: list[Tensor] = []
         self._exact = dense_product(self.x, *self.weight(0), self.spec, key.n).float()
         torch.cuda.synchronize(self._device)  # kernels read weights before the stream gets there
 
@@ -108,10 +108,18 @@ class Operands:
             self._out.data_ptr() + start * self.key.n * 2,
         )
 
-    @property
-    def scratch_at(self) -> int:
-        """Address of fp32 scratch for as many sums as out has elements."""
-        return self._scratch.data_ptr()
+    def scratch_at(self, count: int) -> int:
+        """Address of so many fp32 numbers of scratch; shared by all calls with the weight in hand.
+
+        Args:
+            count: as a product's ``num_scratch``; of none the address is 0.
+        """
+        if not count:
+            return 0
+        if not self._scratch or self._scratch[-1].numel() < count:
+            # Smaller ones are kept: graphs know their addresses.
+            self._scratch.append(self.x.new_empty(count, dtype=torch.float32))
+        return self._scratch[-1].data_ptr()
 
     def error_of(self, call: Callable[[int], object], problem: Problem) -> float:
         """Relative norm of the difference between a product by copy 0 and the other way's."""

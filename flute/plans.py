@@ -2,9 +2,9 @@
 
     tokens     1 .. 8           9 .. 2048                 more
     sm_90      decode kernel    batch kernel (wgmma)      dense: dequantise slices, torch's matmul
-    others     decode kernel    decode, 16 at a time, to 96; then dense
+    others     decode kernel    mma kernel                dense
 
-On sm_90 a short product of up to 16 tokens is decoded too: there the batch kernel's start counts.
+A short product of up to 16 tokens is decoded too: there the other kernels' start counts.
 `flute.tuning` looks up what was measured before it asks here. Knows no torch.
 """
 
@@ -12,15 +12,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flute import batch, candidates
+from flute import batch, candidates, mma
 from flute.batch import BatchPlan
 from flute.config import Gpu, Plan, Problem
+from flute.mma import MmaPlan
 
 DECODE_M = 16
 """Tokens of one launch of the decode kernel, where it is used for more than that."""
 MAX_SPLIT_M = 96
-"""Beyond it, where there is no batch kernel, dequantising is faster than many launches: on 57344 x
-8192 a launch of 16 tokens takes 107 us, the other way 746 us at M = 64 (4 bits, H200)."""
+"""Up to so many tokens, launches of 16 are worth a try while tuning: on 57344 x 8192 one takes 107
+us, dequantising 746 us at M = 64 (4 bits, H200)."""
 MAX_BATCH_M = 2048
 """Beyond it the batch kernel's slower tiles cost more than dequantising once (H200)."""
 _SHORT = 16e6
@@ -50,7 +51,7 @@ class SplitPlan:
     tokens: int = DECODE_M
 
 
-KernelPlan = Plan | BatchPlan
+KernelPlan = Plan | BatchPlan | MmaPlan
 AnyPlan = KernelPlan | DensePlan | SplitPlan
 
 
@@ -66,15 +67,15 @@ def plans_of(problem: Problem, gpu: Gpu) -> list[AnyPlan]:
     if m <= 32:
         decoded += candidates.candidates(problem, gpu)
     batched: list[AnyPlan] = [*batch.candidates(problem, gpu)]
+    rest: list[AnyPlan] = []
     if not batched:
-        if m <= DECODE_M:
-            return [*decoded, DensePlan()]
-        rest: list[AnyPlan] = [SplitPlan(), DensePlan()]
-        return [*(rest if m <= MAX_SPLIT_M else reversed(rest)), *decoded]
+        rest += [SplitPlan()] if DECODE_M < m <= MAX_SPLIT_M else []
+        rest.append(DensePlan())
+        batched += mma.candidates(problem, gpu) if m > 8 else []
     if m <= 8 or (m <= DECODE_M and problem.n * problem.k <= _SHORT):
-        return [*decoded, *batched]
+        return [*decoded, *batched, *rest]
     if m < 256:
-        return [*batched, *decoded]
+        return [*batched, *decoded, *rest]
     slices: list[AnyPlan] = [DensePlan(), DensePlan(32 << 20), DensePlan(16 << 20)]
     return [*slices, *batched] if m > MAX_BATCH_M else [*batched, *slices]
 

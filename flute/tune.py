@@ -348,13 +348,14 @@ class Tuner:
             product = product_of(function, part, problem._replace(m=size), self.gpu)
             x_at, out_at = data.tokens_at(start)
             tokens = TokensAt(x_at, size, problem.k, data.x.dtype)
-            launches.append((product.launch, tokens, out_at))
+            scratch_at = data.scratch_at(product.num_scratch)
+            launches.append((product.launch, tokens, scratch_at, out_at))
 
         def call(i: int) -> None:
             stream = torch.cuda.current_stream(self.device).cuda_stream
             weight_at = (*data.addresses(i), 0)
-            for launch, tokens, out_at in launches:
-                launch(stream, tokens, weight_at, data.scratch_at, out_at)
+            for launch, tokens, scratch_at, out_at in launches:
+                launch(stream, tokens, weight_at, scratch_at, out_at)
 
         return call
 

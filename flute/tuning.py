@@ -32,10 +32,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flute import batch
+from flute import batch, mma
 from flute.batch import BatchConfig, BatchPlan
 from flute.config import Gpu, KernelConfig, Plan, Problem, supports
 from flute.errors import FormatError
+from flute.mma import MmaConfig, MmaPlan
 from flute.plans import AnyPlan, DensePlan, SplitPlan, default_plan
 from flute.version import __version__
 
@@ -63,6 +64,7 @@ class Family(NamedTuple):
 FAMILIES: dict[str, Family] = {
     "decode": Family(Plan, KernelConfig, supports),
     "batch": Family(BatchPlan, BatchConfig, batch.supports),
+    "mma": Family(MmaPlan, MmaConfig, mma.supports),
     "split": Family(
         SplitPlan,
         None,

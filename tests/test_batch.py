@@ -20,7 +20,7 @@ from flute.batch import (
     supports,
 )
 from flute.config import Gpu, Problem
-from flute.plans import DensePlan, SplitPlan, default_plan, plans_of
+from flute.plans import DensePlan, MmaPlan, SplitPlan, default_plan, plans_of
 
 GPU = Gpu()
 
@@ -43,8 +43,8 @@ def test_every_problem_has_plans_and_they_are_supported():
 def test_other_gpus_have_none(gpu):
     problem = Problem(4, 128, "float16", "float16", False, 64, 4096, 4096)
     assert candidates(problem, gpu) == []
-    assert plans_of(problem, gpu)[:2] == [SplitPlan(16), DensePlan()]
-    assert default_plan(problem._replace(m=97), gpu) == DensePlan()
+    assert isinstance(default_plan(problem, gpu), MmaPlan)
+    assert plans_of(problem, gpu)[-2:] == [SplitPlan(16), DensePlan()]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_config import GPUS
 
-from flute import batch, device, launchers
+from flute import batch, device, launchers, mma
 from flute.candidates import heuristic
 from flute.config import Gpu, Problem
 from flute.jit.compiler import KernelCompileError, Source, compile_cubin
@@ -53,6 +53,24 @@ def test_batch_kernels_compile_without_spills(problem):
     cubin = compile_cubin(launchers.source_of(plan), Gpu().arch)
     check_report(cubin.log)
     assert "serialized" not in cubin.log  # ptxas: wgmma one by one
+
+
+MMA_SPREAD = [
+    Problem(4, 128, "float16", "float16", False, 16, 57344, 8192),
+    Problem(4, 32, "bfloat16", "bfloat16", False, 32, 57344, 8192),
+    Problem(3, 64, "float16", "float32", False, 48, 4096, 4096),
+    Problem(2, 128, "float16", "float16", True, 64, 8192, 28672),
+    Problem(2, 0, "bfloat16", "float16", False, 96, 1000, 11008),
+    Problem(4, 128, "bfloat16", "bfloat16", True, 128, 57344, 8192),
+]
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.arch)
+def test_mma_kernels_compile_without_spills(gpu):
+    for problem in MMA_SPREAD:
+        source = launchers.source_of(mma.candidates(problem, gpu)[0])
+        assert source.name == "flute::mma<Config>"
+        check_report(compile_cubin(source, gpu.arch).log)
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.arch)

@@ -24,7 +24,7 @@ LAYERS = (
     ("tables", "pack", "jit"),
     ("kernel_order", "reference"),
     ("config",),
-    ("candidates", "device", "batch"),
+    ("candidates", "device", "batch", "mma"),
     ("plans",),
     ("tuning",),
     ("methods", "launchers", "timing", "model_shapes"),

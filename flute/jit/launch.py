@@ -327,3 +327,30 @@ class Launcher:
         arguments = (at(base + config_at), at(self._function), at(base + pointer_at), None)
         slots = tuple((params_at + slot) // 8 for slot in self.slots)
         return words, params_at // 8, config_at // 8 + _STREAM, slots, arguments
+
+
+class Chain:
+    """Kernels that take the same structure, one after the other on the stream.
+
+    Args:
+        launchers: each is given all pointers; their slots are the same.
+    """
+
+    def __init__(self, launchers: Iterable[Launcher]) -> None:
+        self.launchers = tuple(launchers)
+
+    def bind(self, pointers: Mapping[int, int]) -> Chain:
+        """Return a chain that has some of the pointers; see `Launcher.bind`."""
+        return Chain(launcher.bind(pointers) for launcher in self.launchers)
+
+    def launch(
+        self, stream: int, *pointers: int, regions: Iterable[tuple[int, array[int]]] = ()
+    ) -> None:
+        """Launch all on a stream of the current device; see `Launcher.launch`."""
+        for launcher in self.launchers:
+            launcher.launch(stream, *pointers, regions=regions)
+
+    def launch_pair(self, stream: int, first: int, second: int) -> None:
+        """Do as `launch` does where two slots are left."""
+        for launcher in self.launchers:
+            launcher.launch_pair(stream, first, second)

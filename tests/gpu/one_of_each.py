@@ -16,17 +16,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from flute import cuda, launchers, plans
+from flute import cuda, launchers, mma, plans
 from flute.config import Gpu, Problem
 from flute.device import gpu_of
 from flute.format import PackedWeight, QuantSpec
 from flute.jit.cache import load_or_compile
 from flute.kernel_order import order_codes, order_scales
-from flute.plans import AnyPlan, BatchPlan, KernelPlan, Plan
+from flute.plans import AnyPlan, BatchPlan, KernelPlan, MmaPlan, Plan
 
 DEVICE = torch.device("cuda", 0)
 N, K = 272, 1024
-M_OF_KERNELS = {"decode": (1, 8, 16), "batch": (16, 24, 64, 128, 256)}
+M_OF_KERNELS = {"decode": (1, 8, 16), "batch": (16, 24, 64, 128, 256), "mma": (16, 64, 128)}
 
 
 def weight_of(spec: QuantSpec, tables: str) -> PackedWeight:
@@ -41,9 +41,9 @@ def weight_of(spec: QuantSpec, tables: str) -> PackedWeight:
 
 
 def kinds_of(problem: Problem, gpu: Gpu) -> list[KernelPlan]:
-    """The first plan of each kind: family, ring, source of x, cluster, scales."""
+    """The first plan of each kind: family, source of x, split of K, scales, parts of units."""
     found: dict[tuple[object, ...], KernelPlan] = {}
-    for plan in plans.plans_of(problem, gpu):
+    for plan in dict.fromkeys((*plans.plans_of(problem, gpu), *mma.candidates(problem, gpu))):
         c = getattr(plan, "config", None)
         if isinstance(plan, Plan):
             found.setdefault(("decode", c.x_source, c.cluster, plan.phases > 1), plan)
@@ -51,6 +51,8 @@ def kinds_of(problem: Problem, gpu: Gpu) -> list[KernelPlan]:
             rest = (c.scale_sums, c.buffers, c.running, c.warpgroups, c.units)
             kind = ("batch", c.cluster > 1, c.split_k, *rest)
             found.setdefault(kind, plan)
+        elif isinstance(plan, MmaPlan) and problem.m in M_OF_KERNELS["mma"]:
+            found.setdefault(("mma", c.warps_k > 1, c.scale_sums, plan.parts), plan)
     return list(found.values())
 
 
