@@ -37,7 +37,6 @@ class BatchConfig:
     panel: int = 4  # chunks of 64 k per stage of weights
     batch: int = 2  # steps of 16 k that are multiplied at once
     buffers: int = 4  # batches whose fragments are in registers
-    running: int = 1  # batches that still run when the next is started; 2 needs 4 buffers
     sum_buffers: int = 2  # with scale_sums: groups whose sums are in registers
     x_panel: int = 4  # chunks of x per stage
     stages: int = 3  # panels of weights in flight, per warp
@@ -135,8 +134,6 @@ def supports(plan: BatchPlan, m: int, n: int, k: int, gpu: Gpu) -> str:
         return f"group_size={c.group_size} is the whole row of K={k}: use kernel_group_size()"
     if padded_k(k) // CHUNK_K // c.panel < c.cluster:
         return f"K={k} has fewer panels of {c.panel * CHUNK_K} than cluster={c.cluster} blocks"
-    if c.running == 2 and (c.buffers < 4 or 0 < c.group_size < 64):
-        return "two batches in flight need 4 buffers, and groups of two batches"
     if c.split_k and c.x_stages <= c.panel // c.x_panel:
         return f"x_stages={c.x_stages} hold one panel of x, and none is on its way"
     if c.stages < 2 or c.x_stages < 2:
@@ -249,8 +246,6 @@ def _plans(problem: Problem, gpu: Gpu) -> Iterator[BatchPlan]:
             else:
                 plain = replace(shape, buffers=2, sum_buffers=1)
                 shapes = [shape, replace(plain, batch=4), plain]
-            if group_size == 0 or group_size >= 64:
-                shapes += [replace(s, running=2) for s in shapes if s.buffers == 4]
             if tokens <= 64 and cluster <= 2:
                 yield from _split_k_plans(shape, gpu.smem_bytes)
             for fitted in shapes:

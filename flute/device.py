@@ -59,8 +59,8 @@ def warn_unprepared(device: torch.device) -> None:
     """Warn, once per device, that a weight is not in the order that its kernels read."""
     warnings.warn(
         f"A product on {device} takes the slow path (PyTorch, in float32), since its weight is "
-        "ordered as it is stored: it was not prepared, or is offloaded. Call `flute.prepare(model)` "
-        "first, before `torch.compile` or `torch.export`.",
+        "ordered as it is stored: it was not prepared, or is offloaded. Call "
+        "`flute.prepare(model)` first, before `torch.compile` or `torch.export`.",
         stacklevel=4,
     )
 

@@ -24,9 +24,10 @@ MAX_SPLIT_M = 96
 us, dequantising 746 us at M = 64 (4 bits, H200)."""
 MAX_BATCH_M = 2048
 """Beyond it the batch kernel's slower tiles cost more than dequantising once (H200)."""
-_SHORT = 16e6
-"""Weights of a product whose 9 to 16 tokens are faster decoded (4096 x 4096, 16 tokens: 7.9 us
-against 7.4, 9 tokens: 7.4 against 7.5; 4 bits, H200, 2026-11-22)."""
+_SHORT, _SHORT_MMA = 16e6, 24e6
+"""Weights of a product whose 9 to 16 tokens are faster decoded, than by the batch kernel (4096 x
+4096, 16 tokens: 7.9 us against 7.4) and by the mma kernel (8.4 against 9.9; 4 bits, H200,
+2026-11-22)."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,12 @@ def plans_of(problem: Problem, gpu: Gpu) -> list[AnyPlan]:
         decoded += candidates.candidates(problem, gpu)
     batched: list[AnyPlan] = [*batch.candidates(problem, gpu)]
     rest: list[AnyPlan] = []
+    short = _SHORT if batched else _SHORT_MMA
     if not batched:
         rest += [SplitPlan()] if DECODE_M < m <= MAX_SPLIT_M else []
         rest.append(DensePlan())
         batched += mma.candidates(problem, gpu) if m > 8 else []
-    if m <= 8 or (m <= DECODE_M and problem.n * problem.k <= _SHORT):
+    if m <= 8 or (m <= DECODE_M and problem.n * problem.k <= short):
         return [*decoded, *batched, *rest]
     if m < 256:
         return [*batched, *decoded, *rest]

@@ -224,16 +224,9 @@ struct Consumer {
         feed.fill(ring, ring_stage, p, lane);
         if (more) load_scales(f.scale, f.slot);
       }
-      // At most so many batches still run: the others' fragments, sums and x are free. Why one at
-      // the end: ptxas does not see across the loop's.
-      if (idx + 1 < kPerPanel)
-        ptx::wgmma_wait<D::kRunning>();
-      else
-        ptx::wgmma_wait<1>();
-      constexpr int kNewest = D::kRunning - 1;  // batches since which the one before is done
+      ptx::wgmma_wait<1>();  // the last batch's fragments, sums and x are free
       if constexpr (D::kScaleSums && D::kSumBuffers == 2) {
-        if (idx > kNewest && idx * D::kBatch % D::kUnitSteps == kNewest * D::kBatch)
-          add_sums(acc, f, b ^ 1);
+        if (idx > 0 && begins) add_sums(acc, f, b ^ 1);
         if (idx + 1 == kPerPanel) {
           ptx::wgmma_wait<0>();
           add_sums(acc, f, b);
@@ -245,8 +238,8 @@ struct Consumer {
         }
       }
       if constexpr (D::kSplitK) {
-        if (idx == kNewest && enters && !first) release_panel(f.previous);
-      } else if (idx % (D::kXPanel * kPerChunk) == kNewest) {
+        if (idx == 0 && enters && !first) release_panel(f.previous);
+      } else if (idx % (D::kXPanel * kPerChunk) == 0) {
         if (idx >= kPerChunk || !first) release(f.previous);
         f.previous = x_stage;
       }

@@ -63,7 +63,6 @@ struct Batch {
   static constexpr int kBuffers = Config::buffers;  // batches whose fragments are in registers
   // With four, a batch is looked up before the one ahead of it is multiplied.
   static constexpr bool kAhead = kBuffers == 4;
-  static constexpr int kRunning = Config::running;  // batches whose wgmma may run on
 
   static constexpr int kPanelSteps = kPanel * 4;
   static constexpr int kGroupSteps = kGroup == 0 ? kPanelSteps : kGroup / 16;
@@ -111,9 +110,6 @@ struct Batch {
   static_assert(kPanel % kXPanel == 0, "stages of x");
   static_assert(!kSplitK || kXStages > kXParts, "a panel of x stays for all units");
   static_assert(!kScaleSums || kUnitSteps % kBatch == 0, "a batch is of one group");
-  static_assert(kRunning == 1 || (kRunning == 2 && kAhead && kXPanel * 4 / kBatch >= 2 &&
-                                  (!kScaleSums || kUnitSteps >= 2 * kBatch)),
-                "two batches run while a third waits and a fourth is looked up");
   static_assert(kPanel == 1 || kPanel == 2 || kPanel == 4, "K is padded to 4 chunks");
 };
 

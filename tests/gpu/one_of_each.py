@@ -48,7 +48,7 @@ def kinds_of(problem: Problem, gpu: Gpu) -> list[KernelPlan]:
         if isinstance(plan, Plan):
             found.setdefault(("decode", c.x_source, c.cluster, plan.phases > 1), plan)
         elif isinstance(plan, BatchPlan):
-            rest = (c.scale_sums, c.buffers, c.running, c.warpgroups, c.units)
+            rest = (c.scale_sums, c.buffers, c.warpgroups, c.units)
             kind = ("batch", c.cluster > 1, c.split_k, *rest)
             found.setdefault(kind, plan)
         elif isinstance(plan, MmaPlan) and problem.m in M_OF_KERNELS["mma"]:
