@@ -176,8 +176,8 @@ _UNIT_US = {8: 1.13, 16: 1.18, 24: 1.3, 32: 1.42, 48: 1.66, 64: 1.9} | {
 }
 _SPLIT_K_US = {8: 1.25, 16: 1.32, 24: 1.55, 32: 1.8, 48: 2.2, 64: 2.55}  # all are always busy
 _BUSY = {4: (2.15, 2.64, 3.6, 4.0), 3: (1.6, 2.4, 3.3), 2: (1.3, 2.0)}
-_BUSY_WIDE = (1.5, 2.3, 3.2, 4.0)  # from 96 tokens on
-_CLUSTER_US = {1: (0.0, 0.0), 2: (0.6, 0.03), 4: (3.5, 0.05), 8: (6.0, 0.1)}  # and per token
+_BUSY_WIDE = (1.5, 2.6, 3.3, 4.0)  # from 96 tokens on
+_CLUSTER_US = {1: (0.0, 0.0), 2: (2.0, 0.04), 4: (3.5, 0.05), 8: (6.0, 0.1)}  # and per token
 
 
 def predicted_us(plan: BatchPlan, m: int, n: int, k: int, gpu: Gpu) -> float:

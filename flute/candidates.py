@@ -130,6 +130,10 @@ def _preferred(problem: Problem, gpu: Gpu) -> list[Changes]:
             else [(1, pairs), (1, narrow)]
         )
     mixed = {"register_every": 2} if num_bits == 2 else {}
+    if tested and not tight and k <= 4096:
+        found = _short_rows(tiles_per_sm, m)
+        if found:
+            return found
     if m > 1 and tiles_per_sm < 2.5:
         # One tile block: x comes a round ahead of its use, and is never read again.
         return [
@@ -189,6 +193,19 @@ def _preferred(problem: Problem, gpu: Gpu) -> list[Changes]:
     if tiles_per_sm < 4.5 and k > 4096:
         return [(1, {**long_kept, "x_rounds": 1, "x_source": "streamed"})]
     return [(1, {**long_kept, **({} if tight else mixed)})]
+
+
+def _short_rows(tiles_per_sm: float, m: int) -> list[Changes]:
+    """What `flute tune` found for K of at most 4,096, by how many tiles each multiprocessor has."""
+    shared = {"panel": 4, "part": 4, "stages": 2}
+    if tiles_per_sm <= 0.5:
+        return [(1, {**shared, "num_warps": 16, "min_blocks": 1, "tiles": 1})]
+    if tiles_per_sm <= 1 and m <= 4:  # two blocks have half of K each
+        return [(1, {**shared, "stages": 3, "num_warps": 8, "tiles": 2, "cluster": 2})]
+    if 2.5 < tiles_per_sm < 4.5:
+        kept = {"x_source": "registers", "x_rounds": 2, "part": 2}
+        return [(1, {**shared, "num_warps": 8, "tiles": 4, **(kept if m > 1 else {})})]
+    return []
 
 
 def _with_row_tables(tiles: int, tight: bool, kept_rounds: int) -> list[Changes]:

@@ -38,7 +38,7 @@ MAX_RANGES = 8
 """Tables of ranges of rows that kernels take; their parameters have room for them."""
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
-PREPARED_M = (*range(1, 17), *range(24, 513, 8), *range(640, 2049, 128))
+PREPARED_M = (*range(1, 17), *range(24, 513, 8), *range(640, 2049, 128), 4096, 16384)
 """Numbers of tokens whose kernels are compiled ahead; others take one of theirs."""
 
 

@@ -1,10 +1,11 @@
 """The dispatcher: every way to multiply, and the one to use where nothing was tuned.
 
-    tokens     1 .. 8           9 .. 2048                 more
-    sm_90      decode kernel    batch kernel (wgmma)      dense: dequantise slices, torch's matmul
-    others     decode kernel    mma kernel                dense
+    tokens     1 .. 8           9 .. 16384 (others: 2048)  more
+    sm_90      decode kernel    batch kernel (wgmma)       dense: dequantise slices, torch's matmul
+    others     decode kernel    mma kernel                 dense
 
-A short product of up to 16 tokens is decoded too: there the other kernels' start counts.
+A short product of up to 16 tokens is decoded too: there the other kernels' start counts. On sm_90
+a tiny one of 256 tokens and more is dequantised.
 `flute.tuning` looks up what was measured before it asks here. Knows no torch.
 """
 
@@ -22,8 +23,14 @@ DECODE_M = 16
 MAX_SPLIT_M = 96
 """Up to so many tokens, launches of 16 are worth a try while tuning: on 57344 x 8192 one takes 107
 us, dequantising 746 us at M = 64 (4 bits, H200)."""
-MAX_BATCH_M = 2048
-"""Beyond it the batch kernel's slower tiles cost more than dequantising once (H200)."""
+MAX_BATCH_M = 16384
+"""Tokens up to which the batch kernel is used: 57344 x 8192 takes it 1.4 us a token at M = 1,024
+and at 2,048, slices of dequantised weights 1.6 at 4,096 (4 bits, H200)."""
+MAX_MMA_M = 2048
+"""The same for the mma kernel, of GPUs that were not measured."""
+_TINY = 5e6
+"""Weights of a product of which 256 tokens and more are faster dequantised and multiplied by torch
+(1024 x 4096, H200)."""
 _SHORT, _SHORT_MMA = 16e6, 24e6
 """Weights of a product whose 9 to 16 tokens are faster decoded, than by the batch kernel (4096 x
 4096, 16 tokens: 7.9 us against 7.4) and by the mma kernel (8.4 against 9.9; 4 bits, H200,
@@ -79,7 +86,9 @@ def plans_of(problem: Problem, gpu: Gpu) -> list[AnyPlan]:
     if m < 256:
         return [*batched, *decoded, *rest]
     slices: list[AnyPlan] = [DensePlan(), DensePlan(32 << 20), DensePlan(16 << 20)]
-    return [*slices, *batched] if m > MAX_BATCH_M else [*batched, *slices]
+    most = MAX_BATCH_M if gpu.arch == "sm_90a" else MAX_MMA_M
+    tiny = batched and problem.n * problem.k <= _TINY
+    return [*slices, *batched] if m > most or tiny else [*batched, *slices]
 
 
 def default_plan(problem: Problem, gpu: Gpu) -> AnyPlan:

@@ -109,6 +109,6 @@ def test_the_dispatcher_by_tokens():
     def kind(m, n=57344, k=8192):
         return type(default_plan(Problem(4, 128, "float16", "float16", False, m, n, k), GPU))
 
-    kinds = [kind(m).__name__ for m in (1, 8, 9, 2048, 2049)]
+    kinds = [kind(m).__name__ for m in (1, 8, 9, 16384, 16385)]
     assert kinds == ["Plan", "Plan", "BatchPlan", "BatchPlan", "DensePlan"]
     assert [kind(m, 2048, 4096).__name__ for m in (16, 17)] == ["Plan", "BatchPlan"]

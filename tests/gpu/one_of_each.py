@@ -2,9 +2,10 @@
 
     compute-sanitizer --tool memcheck --report-api-errors no python tests/gpu/one_of_each.py
 
-and likewise `racecheck`, `initcheck` and `synccheck`. The kernels must be compiled before (run it
-once without), since the sanitizer slows NVRTC too. Prints the kernels that ran; exits with 1 if a
-product is wrong.
+and likewise `initcheck` and `synccheck`, and `racecheck` with FLUTE_RACECHECK=1 in the environment,
+which compiles what it can follow: arrivals of every thread at a cluster's barriers. The kernels
+must be compiled before (run it once without), since the sanitizer slows NVRTC too. Prints the
+kernels that ran; exits with 1 if a product is wrong.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ def main() -> int:
         for num_bits in args.bits
         for tables in ("one", "row", "ranges")
     ]
-    runs = [r for r in runs_of(weights, gpu) if r[2].config.cluster > 1 or not args.clusters]
+    runs = runs_of(weights, gpu)
+    if args.clusters:
+        runs = [run for run in runs if getattr(run[2].config, "cluster", 1) > 1]
     sources = {launchers.source_of(plan) for _, _, plan in runs}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda source: load_or_compile(source, gpu.arch), sources))
