@@ -1,8 +1,9 @@
 """Draw what `bench_kernel.py` measured: the share of the limit, and the speed-up over cuBLAS.
 
-Also prints the table of the README.
+Also prints the table of the README. Of problems with more than 32 tokens the speed-up is drawn from
+one token on, if files with fewer are named too.
 
-Usage: python benchmarks/plot_kernel.py results.json [--out benchmarks/results]
+Usage: python benchmarks/plot_kernel.py results.json ... [--out benchmarks/results]
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ LINES = {
     "bitsandbytes": ("#56B4E9", "v"),
     "tinygemm": ("#999999", "P"),
 }
+MOST_DECODED = 32
+"""Tokens of the plots of decoding."""
 KINDS = {
     "bitsandbytes": "bitsandbytes nf4",
     "tinygemm": "tinygemm int (bf16)",
@@ -139,7 +142,7 @@ def plot_speed_up(
     every = shapes_of(records)
     shapes = shapes or list(dict.fromkeys((every[0], every[-1])))
     bits = bits_of(records)
-    size = (2 + 2.6 * len(bits), 0.9 + 2.3 * len(shapes))
+    size = (2 + (2.6 if len(bits) > 1 else 6) * len(bits), 0.9 + 2.3 * len(shapes))
     figure, grid = plt.subplots(
         *(len(shapes), len(bits)), figsize=size, dpi=130, squeeze=False, sharex=True, sharey="row"
     )
@@ -173,7 +176,13 @@ def plot_speed_up(
     figure.legend(
         [handles[name] for name in names],
         [KINDS.get(name, f"{name} int") for name in names],
-        **{"fontsize": 8, "ncols": len(names), "frameon": False, "loc": "lower center"},
+        **{
+            "fontsize": 8,
+            "ncols": len(names),
+            "frameon": False,
+            "loc": "lower center",
+            "columnspacing": 1.2,
+        },
     )
     figure.tight_layout(rect=(0, 0.3 / size[1], 1, 1))
     figure.savefig(path)
@@ -182,14 +191,28 @@ def plot_speed_up(
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, help="what bench_kernel.py --json wrote")
+    parser.add_argument(
+        "results", type=Path, nargs="+", help="what bench_kernel.py --json wrote, of one commit"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
-    records = one_setting(json.loads(args.results.read_text()))
-    for name, plot in (("kernel_limit.png", plot_limit), ("kernel_speed_up.png", plot_speed_up)):
-        plot(records, args.out / name)
-        print(args.out / name)
-    print(f"\n{markdown(records)}")
+    every = [record for path in args.results for record in json.loads(path.read_text())]
+    records = one_setting(every)
+    few = [record for record in records if record["m"] <= MOST_DECODED]
+    if few:
+        for name, plot in (
+            ("kernel_limit.png", plot_limit),
+            ("kernel_speed_up.png", plot_speed_up),
+        ):
+            plot(few, args.out / name)
+            print(args.out / name)
+    kinds = {(r["n"], r["k"], r["num_bits"]) for r in records if r["m"] > MOST_DECODED}
+    wide = [r for r in records if (r["n"], r["k"], r["num_bits"]) in kinds]
+    if wide:
+        plot_speed_up(wide, args.out / "kernel_batches.png", shapes_of(wide))
+        print(args.out / "kernel_batches.png")
+    if any(record["m"] == 1 for record in records):
+        print(f"\n{markdown(few)}")
 
 
 if __name__ == "__main__":
