@@ -1,4 +1,4 @@
-"""The serving benchmarks: their random models, what they keep, and the engine that needs no vLLM."""
+"""The serving benchmarks: their random models, what they keep, and the engine without vLLM."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def test_transformers_engine_keeps_a_record_per_setting(tmp_path):
     arguments = ["run", "--engine", "transformers", "--shape", "tiny", "--layers", "1"]
     arguments += ["--variants", "fp16", "w4", "--concurrency", "2", "--input-tokens", "8"]
     arguments += ["--output-tokens", "4", "--long-prompt", "16", "--rounds", "1"]
-    arguments += ["--backend", "none", "--device", "cpu", "--work", str(tmp_path), "--out", str(out)]
+    arguments += ["--backend", "none", "--device", "cpu"]
+    arguments += ["--work", str(tmp_path), "--out", str(out)]
     code = "import runpy, sys; sys.path.insert(0, 'benchmarks'); sys.argv[0] = 'bench'; "
     run_python(code + "runpy.run_path('benchmarks/bench_serving.py', None, '__main__')", *arguments)
     records = json.loads(out.read_text())["records"]
