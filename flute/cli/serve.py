@@ -93,10 +93,11 @@ def _check_port(host: str, port: int) -> None:
     Raises:
         UnsupportedProblemError: it is taken, forbidden, or no address of this machine.
     """
+    if not 0 < port < 65536:
+        raise UnsupportedProblemError(f"Cannot listen on {host}:{port}: a port is 1 to 65535.")
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = found
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
