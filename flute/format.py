@@ -267,6 +267,7 @@ class CheckpointConfig:
         scale_dtype: "float16", "bfloat16" or "float32".
         modules_to_not_convert: full names of linear layers left dense.
         overrides: full module name -> {"num_bits": ..., "group_size": ...} where it differs.
+        quantized_experts: whether MoE experts are quantised, a matrix per expert and projection.
         format_version: version of the tensors' layout on disk.
 
     Raises:
@@ -281,6 +282,7 @@ class CheckpointConfig:
     scale_dtype: str = "bfloat16"
     modules_to_not_convert: tuple[str, ...] = ()
     overrides: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    quantized_experts: bool = False
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -326,6 +328,8 @@ class CheckpointConfig:
         """Return the JSON object stored under ``quantization_config``."""
         config = {**asdict(self), "quant_method": "flute"}
         config["modules_to_not_convert"] = list(self.modules_to_not_convert)
+        if not self.quantized_experts:
+            del config["quantized_experts"]
         config["overrides"] = {name: dict(spec) for name, spec in self.overrides.items()}
         return config
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from flute.calibration import BlockWalk, CalibrationError
 from flute.errors import FormatError, UnsupportedProblemError
+from flute.experts import split_experts, takes_experts
 from flute.format import GROUP_SIZES, SCALE_DTYPES, WHOLE_ROW, CheckpointConfig, QuantizedWeight
 from flute.linear import LutLinear
 from flute.methods import (
@@ -142,6 +143,7 @@ def plan_model(model: nn.Module, options: QuantizeOptions, prefix: str = "") -> 
             f"{len(dense)} left dense: {', '.join(sorted(set(dense.values()))) or 'none found'})."
         )
     config = CheckpointConfig(
+        quantized_experts=takes_experts(model, shapes, prefix),
         num_bits=options.num_bits,
         group_size=options.group_size,
         method=options.method,
@@ -149,7 +151,7 @@ def plan_model(model: nn.Module, options: QuantizeOptions, prefix: str = "") -> 
         table_scope=_table_scope(options, shapes),
         scale_dtype=options.scale_dtype or _own_scale_dtype(linears[name] for name in shapes),
         modules_to_not_convert=tuple(name for name in linears if name in dense),
-        overrides=_fit_groups(shapes, options.group_size),
+        overrides=fit_groups(shapes, options.group_size),
     )
     return ModelPlan(config, shapes, dense)
 
@@ -169,7 +171,7 @@ def _dense_by_kind(model: nn.Module, prefix: str) -> dict[str, str]:
             by_parameter.setdefault(id(weight), []).append(name)
         if not isinstance(module, nn.Linear):
             dense |= {
-                prefix + f"{name}.{key}": "MoE experts fused into one tensor: not supported yet"
+                prefix + f"{name}.{key}": "MoE experts fused into one tensor"
                 for key, p in module.named_parameters(recurse=False)
                 if p.ndim == 3 and "expert" in name
             }
@@ -200,9 +202,16 @@ def _kept_in_fp32(model: nn.Module) -> set[str]:
     return names
 
 
-def _fit_groups(
-    shapes: Mapping[str, tuple[int, int]], group_size: int
-) -> dict[str, dict[str, int]]:
+def fit_groups(shapes: Mapping[str, tuple[int, int]], group_size: int) -> dict[str, dict[str, int]]:
+    """Return overrides, name -> {"group_size": ...}, of layers that take a smaller group; warn.
+
+    Args:
+        shapes: full name of each layer -> (N, K).
+        group_size: asked for.
+
+    Raises:
+        FormatError: a layer that no group fits; the message names every such layer.
+    """
     if group_size == WHOLE_ROW:
         return {}
     ragged = {name: K for name, (_, K) in shapes.items() if K % group_size}
@@ -383,6 +392,8 @@ def quantize_model(
             "`model` is an nn.Linear, which cannot be replaced in place. Use "
             "`LutLinear.from_quantized(flute.quantize(linear.weight), linear.bias)`."
         )
+    if request.method not in CALIBRATED:
+        split_experts(model)
     plan = plan_model(model, request)
     for name, weight in _quantized_layers(model, plan, request.table, calibration):
         linear = model.get_submodule(name)

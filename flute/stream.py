@@ -21,9 +21,10 @@ from torch import Tensor
 from flute.architecture import match_names, meta_model, missing_parameters
 from flute.checkpoint import CheckpointReader, tensor_bytes
 from flute.errors import CheckpointError, FormatError, UnsupportedProblemError
+from flute.experts import split_experts
 from flute.format import SCALE_DTYPES, CheckpointConfig, QuantSpec
 from flute.layerwise import CheckpointWalk
-from flute.methods import check_finite
+from flute.methods import CALIBRATED, check_finite
 from flute.model import (
     ModelPlan,
     QuantizeOptions,
@@ -164,6 +165,8 @@ def plan_checkpoint(directory: Path, options: QuantizeOptions) -> CheckpointPlan
             "model, or use `flute convert` for bitsandbytes and original FLUTE checkpoints."
         )
     model = meta_model(directory, reader.config)
+    if options.method not in CALIBRATED:
+        split_experts(model)
     plan = plan_model(model, options)
     modules = match_names(model, reader.names)
     layers = {name: module for name, module in modules.items() if module in plan.shapes}

@@ -15,6 +15,7 @@ from torch import nn
 
 import flute
 from flute.errors import FormatError, UnsupportedProblemError
+from flute.experts import split_experts
 from flute.format import CheckpointConfig, QuantSpec
 from flute.linear import LutLinear
 from flute.methods import CALIBRATED, METHODS, quantize
@@ -86,7 +87,7 @@ def test_experts_and_routers_are_named():
     plan = plan_model(tiny_model("mixtral"), QuantizeOptions())
     attention = {name: shape for name, shape in all_layers().items() if "self_attn" in name}
     assert plan.shapes == attention
-    fused = "MoE experts fused into one tensor: not supported yet"
+    fused = "MoE experts fused into one tensor"
     expected = {"lm_head": "output head"}
     for i in (0, 1):
         expected[f"model.layers.{i}.mlp.experts.gate_up_proj"] = fused
@@ -328,6 +329,8 @@ def test_bad_options_are_named(arguments, message):
 @pytest.mark.parametrize("num_bits", [2, 3, 4])
 def test_quantised_model_equals_the_dense_one_with_dequantised_weights(kind, num_bits):
     model, dense = tiny_model(kind, dtype=torch.float32), tiny_model(kind, dtype=torch.float32)
+    split_experts(model)
+    split_experts(dense)
     before = {name: linear.weight.data.clone() for name, linear in linears(model).items()}
     plan = quantize_model(model, num_bits, 32)
     for name in plan.shapes:

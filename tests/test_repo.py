@@ -30,7 +30,7 @@ LAYERS = (
     ("methods", "launchers", "timing", "model_shapes"),
     ("concat", "cuda", "cpu"),
     ("ops", "operands"),
-    ("linear", "tune", "calibration"),
+    ("linear", "tune", "calibration", "experts"),
     ("model", "checkpoint"),
     ("writer", "architecture"),
     ("layerwise",),

@@ -12,17 +12,18 @@ import sys
 from collections.abc import Sequence
 
 from flute import __version__
-from flute.cli import convert, doctor, evaluate, generate, inspect, quantize, tune
+from flute.cli import convert, doctor, evaluate, generate, inspect, quantize, serve, tune
 from flute.console import report_error
 from flute.errors import FluteError
 
-COMMANDS = (quantize, generate, evaluate, inspect, convert, tune, doctor)
+COMMANDS = (quantize, generate, serve, evaluate, inspect, convert, tune, doctor)
 
 _EPILOG = """\
 examples:
   flute quantize MODEL OUT                    4 bits, groups of 64, no data needed
   flute quantize MODEL OUT --bits 3           smaller
   flute generate OUT "Once upon a time"       try it
+  flute serve OUT                             answer OpenAI requests
   flute eval MODEL OUT --plot quality.png     what it cost
   flute inspect OUT                           what is inside
   flute tune OUT                              find its fastest kernels on this GPU

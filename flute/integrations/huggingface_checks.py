@@ -21,6 +21,7 @@ from transformers.core_model_loading import (
 
 from flute.checkpoint import DTYPE_NAMES, open_safetensors
 from flute.errors import CheckpointError, FormatError
+from flute.experts import SplitExperts
 from flute.linear import LutLinear
 
 Header = dict[str, tuple[str, tuple[int, ...]]]
@@ -85,6 +86,8 @@ def check_headers(model: nn.Module, files: Sequence[Path]) -> None:
 def _loaded_names(model: Any, names: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
     """Yield (name on disk, name in the model, whether the tensor is merged or split on the way)."""
     transforms = get_model_conversion_mapping(model)
+    if any(isinstance(module, SplitExperts) for module in model.modules()):
+        transforms = without_expert_merges(transforms)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     prefix, state = model.base_model_prefix, model.state_dict()
@@ -99,6 +102,15 @@ def _loaded_names(model: Any, names: Iterable[str]) -> Iterator[tuple[str, str, 
         first = converter.target_patterns[0]
         for other in converter.target_patterns:
             yield name, target.replace(first, other), True
+
+
+def without_expert_merges(transforms: Iterable[Any]) -> list[Any]:
+    """Return transformers' transforms but those that fuse experts, for a model with split ones."""
+    return [
+        t
+        for t in transforms
+        if not (isinstance(t, WeightConverter) and any("experts" in p for p in t.target_patterns))
+    ]
 
 
 def _tensors_to_read(layer: LutLinear) -> list[tuple[str, nn.Parameter]]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, revert_weight_conversion
 from transformers.quantizers.auto import (
@@ -31,12 +32,18 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from flute.checkpoint import CHECKSUM_METADATA, tensor_bytes, verify_checksums
-from flute.errors import FluteError, FormatError
+from flute.errors import FluteError, FormatError, UnsupportedProblemError
+from flute.experts import PROJECTIONS, split_experts
 from flute.format import CheckpointConfig
-from flute.integrations.huggingface_checks import check_filled, check_headers, read_headers
+from flute.integrations.huggingface_checks import (
+    check_filled,
+    check_headers,
+    read_headers,
+    without_expert_merges,
+)
 from flute.integrations.huggingface_config import FluteConfig
 from flute.linear import LutLinear
-from flute.model import empty_lut_linear, plan_model, quantize_weight
+from flute.model import empty_lut_linear, matches, plan_model, quantize_weight
 from flute.pack import pack_codes
 from flute.prepare import prepare
 
@@ -63,6 +70,7 @@ class FluteHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 "FluteConfig(num_bits=..., group_size=..., ...) to quantise it."
             )
         self.headers_checked = False
+        self.has_split_experts = False
         self.failure: FluteError | None = None
         """Of the first weight that could not be quantised; raised when transformers lets it."""
 
@@ -99,6 +107,12 @@ class FluteHfQuantizer(HfQuantizer):  # type: ignore[misc]
         """Plan the quantisation of a dense model; return its layers' names."""
         config: FluteConfig = self.quantization_config
         assert config.options is not None, "checked on construction"
+        skips_experts = any(
+            matches(f"model.layers.0.mlp.experts.0.{projection}", pattern)
+            for pattern in config.options.skip
+            for projection in ("w1", "gate_proj")
+        )
+        self.has_split_experts = not skips_experts and bool(split_experts(model))
         plan = plan_model(model, config.options)
         config.checkpoint = plan.config
         experts = [name for name, reason in plan.dense.items() if "experts" in reason]
@@ -108,8 +122,8 @@ class FluteHfQuantizer(HfQuantizer):  # type: ignore[misc]
             )
             warnings.warn(
                 f"{len(experts)} tensors of MoE experts stay dense, {share:.0%} of the model's "
-                f"weights: `{experts[0]}`{', ...' if len(experts) > 1 else ''}. Experts fused into "
-                "one tensor are not quantised yet.",
+                f"weights: `{experts[0]}`{', ...' if len(experts) > 1 else ''}. Those of "
+                f"{', '.join(PROJECTIONS)} are quantised; others are not yet.",
                 stacklevel=2,
             )
         return {name: name for name in plan.shapes}
@@ -121,6 +135,13 @@ class FluteHfQuantizer(HfQuantizer):  # type: ignore[misc]
         than that which wrote it. A head that is new there has no codes and stays dense.
         """
         config: CheckpointConfig = self.quantization_config.checkpoint
+        self.has_split_experts = config.quantized_experts and bool(split_experts(model))
+        if config.quantized_experts and not self.has_split_experts:
+            raise UnsupportedProblemError(
+                f"The checkpoint's MoE experts are quantised, which {type(model).__name__} of "
+                f"transformers {transformers.__version__} cannot take: experts of "
+                f"{', '.join(PROJECTIONS)} can."
+            )
         recorded = {*config.modules_to_not_convert, *config.overrides}
         prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
         has_heads = getattr(model, "base_model", model) is not model
@@ -148,6 +169,11 @@ class FluteHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.param_needs_quantization(model, param_name):
             return 0.0
         return param.element_size()
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """Return transformers' conversions, but none that fuses experts that were split."""
+        kept: list[Any] = super().update_weight_conversions(weight_conversions, *args)
+        return without_expert_merges(kept) if self.has_split_experts else kept
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return what turns a dense weight into codes, scales and table."""

@@ -11,18 +11,32 @@ codes and of the group is a plain slice, and vLLM's own loaders, which slice, do
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from math import lcm
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from flute.errors import UnsupportedProblemError
+from flute.errors import FormatError, UnsupportedProblemError
 from flute.format import GROUP_SIZES, WHOLE_ROW, CheckpointConfig, QuantSpec
-from flute.model import ROUTER_NAMES
+from flute.methods import CALIBRATED
+from flute.model import ROUTER_NAMES, QuantizeOptions, matches
 
 _WORD_CODES = 32
 """Codes of any width that fill whole words."""
 _SIZES = (1, 2, 4, 8, 16)
 """Tensor-parallel sizes that a message may suggest."""
+_ENVIRONMENT = {
+    "FLUTE_BITS": "num_bits",
+    "FLUTE_GROUP_SIZE": "group_size",
+    "FLUTE_METHOD": "method",
+    "FLUTE_TABLE": "table",
+}
+"""Variable -> what it says of a dense model that is quantised while it loads."""
+_REQUEST_KEYS = (*_ENVIRONMENT.values(), "scale_dtype", "modules_to_not_convert")
+_HOW = (
+    "set FLUTE_BITS=4 (and FLUTE_GROUP_SIZE, FLUTE_METHOD, FLUTE_TABLE), or pass --hf-overrides "
+    '\'{"quantization_config": {"quant_method": "flute", "bits": 4, "group_size": 64}}\''
+)
 
 
 class Shard(NamedTuple):
@@ -136,6 +150,77 @@ def spec_of_parts(parts: Sequence[str], config: CheckpointConfig) -> QuantSpec |
 def _is_dense(name: str, config: CheckpointConfig) -> bool:
     """Tell whether a layer is dense: named so, or a router, which is never quantised."""
     return name in config.modules_to_not_convert or name.rpartition(".")[2] in ROUTER_NAMES
+
+
+def environment_request() -> dict[str, Any]:
+    """Return what the environment says of quantising a dense model while it loads.
+
+    Raises:
+        FormatError: FLUTE_BITS or FLUTE_GROUP_SIZE is no number.
+    """
+    request: dict[str, Any] = {}
+    for variable, key in _ENVIRONMENT.items():
+        value = os.environ.get(variable)
+        if value and key in ("num_bits", "group_size"):
+            try:
+                request[key] = int(value)
+            except ValueError as error:
+                raise FormatError(f"{variable}={value!r}; expected a whole number.") from error
+        elif value:
+            request[key] = value
+    return request
+
+
+def request_of(config: Mapping[str, Any]) -> QuantizeOptions:
+    """Return what a dense model is to be quantised to while vLLM loads it.
+
+    Args:
+        config: of the environment, or ``quantization_config`` of --hf-overrides; "bits" stands for
+            "num_bits".
+
+    Raises:
+        UnsupportedProblemError: it does not say to how many bits.
+        FormatError: an unknown key, a method that needs calibration, or a value out of range.
+    """
+    renamed = {"num_bits" if key == "bits" else key: value for key, value in config.items()}
+    request = {k: v for k, v in renamed.items() if k != "quant_method" and v is not None}
+    unknown = sorted(set(request) - set(_REQUEST_KEYS))
+    if unknown:
+        raise FormatError(
+            "`quantization_config` has no `format_version`, as that of a quantised checkpoint has, "
+            f"and the keys {unknown}; to quantise a dense model, expected {_REQUEST_KEYS}."
+        )
+    if "num_bits" not in request:
+        raise UnsupportedProblemError(
+            "The model is dense: its config.json has no `quantization_config` of FLUTE's. To "
+            f"quantise it while it loads, {_HOW}; or run `flute quantize MODEL OUT` and serve OUT."
+        )
+    if request.get("method") in CALIBRATED:
+        raise FormatError(
+            f"method={request['method']!r} needs calibration text, which vLLM has not: run `flute "
+            "quantize MODEL OUT --calibration TEXT` and serve OUT."
+        )
+    skip = request.pop("modules_to_not_convert", ())
+    return QuantizeOptions(**request, skip=skip)
+
+
+def stays_dense(parts: Sequence[str], skip: Sequence[str]) -> bool:
+    """Tell whether a layer of a model that is quantised while it loads stays dense.
+
+    Args:
+        parts: names of what vLLM merges in it.
+        skip: patterns of names to leave dense.
+
+    Raises:
+        UnsupportedProblemError: a pattern names some of the parts only.
+    """
+    named = [part for part in parts if any(matches(part, pattern) for pattern in skip)]
+    if named and len(named) < len(parts):
+        raise UnsupportedProblemError(
+            f"vLLM merges {_listed(parts)} into one matrix, but `modules_to_not_convert` names "
+            f"{_listed(named)} only. Name all of them, or none."
+        )
+    return bool(named) or parts[0].rpartition(".")[2] in ROUTER_NAMES
 
 
 def _listed(names: Sequence[str]) -> str:

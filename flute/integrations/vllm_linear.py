@@ -7,7 +7,9 @@
     process_weights   merged parts keep their tables, by range of rows; on a GPU: kernel order
     apply             one `flute::lut_gemm`, opaque to torch.compile, recorded by CUDA graphs
 
-What is no linear layer (embeddings, output head, MoE experts) is vLLM's own and dense.
+A dense checkpoint takes FluteOnlineLinearMethods, which quantise each layer once it is read.
+
+MoE experts are in `flute.integrations.vllm_experts`; embeddings and the output head are vLLM's own.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -29,6 +32,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import (
     ChannelQuantScaleParameter,
     GroupQuantScaleParameter,
@@ -37,8 +41,7 @@ from vllm.model_executor.parameter import (
 )
 
 from flute.concat import concat_weights
-from flute.device import warn_slow, why_not
-from flute.errors import CheckpointError, FormatError, UnsupportedProblemError
+from flute.errors import CheckpointError, FormatError
 from flute.format import (
     SCALE_DTYPES,
     TENSOR_NAMES,
@@ -47,10 +50,20 @@ from flute.format import (
     PackedWeight,
     QuantSpec,
 )
-from flute.integrations.vllm_layers import cut_rows, parts_of, spec_of_parts
-from flute.kernel_order import to_kernel_order
-from flute.launchers import compile_kernels, problem_of
+from flute.integrations.vllm_experts import FluteExpertsMethod, FluteOnlineExpertsMethod
+from flute.integrations.vllm_layers import (
+    Shard,
+    cut_rows,
+    environment_request,
+    parts_of,
+    request_of,
+    spec_of_parts,
+    stays_dense,
+)
+from flute.integrations.vllm_order import in_device_order
+from flute.model import QuantizeOptions, fit_groups, quantize_weight
 from flute.ops import lut_gemm
+from flute.pack import pack_codes
 
 
 @register_quantization_config("flute")
@@ -58,37 +71,36 @@ class FluteQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
     """What config.json says under ``quantization_config``; vLLM makes one per model.
 
     Args:
-        checkpoint: what it says. vLLM gives none if it says nothing.
+        checkpoint: what it says. vLLM gives none if it says nothing, so that the model is dense;
+            then the environment says what to quantise it to.
+        options: what a dense model is quantised to while it loads; None for a quantised one.
 
     Raises:
-        UnsupportedProblemError: it says nothing, so the model is dense.
+        UnsupportedProblemError: the model is dense, and nothing says how many bits to take.
+        FormatError: the environment has a value out of range.
     """
 
-    def __init__(self, checkpoint: CheckpointConfig | None = None) -> None:
+    def __init__(
+        self, checkpoint: CheckpointConfig | None = None, options: QuantizeOptions | None = None
+    ) -> None:
         super().__init__()
-        if checkpoint is None:
-            raise UnsupportedProblemError(
-                "The model's config.json has no `quantization_config`, so it is not quantised by "
-                "FLUTE. Run `flute quantize MODEL OUT` (`flute convert` for a checkpoint of the "
-                "original FLUTE) and serve OUT."
-            )
-        self.checkpoint = checkpoint
+        if checkpoint is None and options is None:
+            options = request_of(environment_request())
+        self.checkpoint = checkpoint or CheckpointConfig()
+        self.options = options
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> FluteQuantizationConfig:
-        """Read ``quantization_config``.
+        """Read ``quantization_config``: of a quantised checkpoint, or a request to quantise.
 
         Raises:
-            FormatError: a newer format version, or a value out of range.
-            UnsupportedProblemError: it asks to quantise a dense model.
+            FormatError: a newer format version, an unknown key, or a value out of range.
+            UnsupportedProblemError: it asks to quantise a dense model and does not say to how many
+                bits.
         """
-        if "format_version" not in config:
-            raise UnsupportedProblemError(
-                "`quantization_config` has no `format_version`, as that of a quantised checkpoint "
-                "has, and vLLM does not quantise while loading with this version of FLUTE. Run "
-                "`flute quantize MODEL OUT` and serve OUT."
-            )
-        return cls(CheckpointConfig.from_dict(config))
+        if "format_version" in config:
+            return cls(CheckpointConfig.from_dict(config))
+        return cls(options=request_of(config))
 
     def get_name(self) -> str:
         """Return the name of the method."""
@@ -121,13 +133,29 @@ class FluteQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
         Raises:
             UnsupportedProblemError: vLLM merges layers that are quantised differently.
         """
+        if isinstance(layer, RoutedExperts):
+            return self._experts_method(layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
         parts = parts_of(prefix, self.checkpoint, self.packed_modules_mapping)
+        if self.options is not None:
+            if stays_dense(parts, self.options.skip):
+                return UnquantizedLinearMethod()
+            return FluteOnlineLinearMethod(prefix, parts, self.options)
         spec = spec_of_parts(parts, self.checkpoint)
         if spec is None:
             return UnquantizedLinearMethod()
         return FluteLinearMethod(prefix, parts, spec, self.checkpoint)
+
+    def _experts_method(self, layer: Any, prefix: str) -> FluteExpertsMethod | None:
+        """Return how a block's experts are computed, or None if they are dense."""
+        moe = layer.moe_config
+        if self.options is None:
+            is_dense = not self.checkpoint.quantized_experts
+            return None if is_dense else FluteExpertsMethod(prefix, self.checkpoint, moe)
+        if stays_dense([f"{prefix}.0.{p}" for p in ("gate_proj", "down_proj")], self.options.skip):
+            return None
+        return FluteOnlineExpertsMethod(prefix, self.options, moe)
 
 
 @register_weight_loader_v2_supported_method
@@ -143,7 +171,10 @@ class FluteLinearMethod(LinearMethodBase):  # type: ignore[misc]
     Attributes:
         out_features: rows of this rank, once its weight is in kernel order; None in plain order.
         table_ends: where ranges of rows with tables of their own end.
+        tensor_names: what is read from the checkpoint.
     """
+
+    tensor_names: tuple[str, ...] = TENSOR_NAMES
 
     def __init__(
         self, name: str, parts: Sequence[str], spec: QuantSpec, config: CheckpointConfig
@@ -153,7 +184,7 @@ class FluteLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.has_row_tables = config.table_scope == "row"
         self.out_features: int | None = None
         self.table_ends: tuple[int, ...] = ()
-        self._loaded: dict[str, set[object]] = {name: set() for name in TENSOR_NAMES}
+        self._loaded: dict[str, set[object]] = {name: set() for name in self.tensor_names}
 
     def create_weights(
         self,
@@ -180,10 +211,7 @@ class FluteLinearMethod(LinearMethodBase):  # type: ignore[misc]
             UnsupportedProblemError: the ranks' parts cut a group or a word.
         """
         spec, sizes, K = self.spec, output_partition_sizes, input_size
-        shard = cut_rows(self.name, spec, K, K // input_size_per_partition)
-        self.K, self.sizes, self.dtype = shard.K, tuple(sizes), params_dtype
-        self._ids = ("q", "k", "v") if isinstance(layer, QKVParallelLinear) else range(len(sizes))
-        self._is_dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        shard = self._cut(layer, K, input_size_per_partition, sizes, params_dtype)
         N, loader = sum(sizes), extra_weight_attrs["weight_loader"]
 
         def add(
@@ -212,6 +240,16 @@ class FluteLinearMethod(LinearMethodBase):  # type: ignore[misc]
         else:
             add(PerTensorScaleParameter, "table", (len(sizes), entries), entries, torch.float32)
 
+    def _cut(
+        self, layer: nn.Module, K: int, own_K: int, sizes: list[int], dtype: torch.dtype
+    ) -> Shard:
+        """Remember what this rank holds of a layer of K input features; return its rows' sizes."""
+        shard = cut_rows(self.name, self.spec, K, K // own_K)
+        self.K, self.sizes, self.dtype = shard.K, tuple(sizes), dtype
+        self._ids = ("q", "k", "v") if isinstance(layer, QKVParallelLinear) else range(len(sizes))
+        self._is_dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        return shard
+
     def _checked(self, key: str, loader: Callable[..., None], width: int) -> Callable[..., None]:
         """Return vLLM's loader of a tensor, which checks it first and remembers that it came.
 
@@ -222,7 +260,8 @@ class FluteLinearMethod(LinearMethodBase):  # type: ignore[misc]
         def load(parameter: Tensor, loaded: Tensor, *args: Any, **kwargs: Any) -> None:
             given = (*args, *kwargs.values(), None)[0]
             ids = given if isinstance(given, (tuple, list)) else (given,)
-            if loaded.dtype != parameter.dtype or loaded.ndim != 2 or loaded.shape[1] != width:
+            wrong = loaded.dtype != parameter.dtype and key in TENSOR_NAMES
+            if wrong or loaded.ndim != 2 or loaded.shape[1] != width:
                 raise FormatError(
                     f"`{self._part(ids[0])}.{key}` is {loaded.dtype} of shape "
                     f"{tuple(loaded.shape)}; expected {parameter.dtype} with {width} columns for "
@@ -265,34 +304,17 @@ class FluteLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if not isinstance(layer.codes, ModelWeightParameter):  # done before
             return
         self._check_complete()
-        weight = concat_weights(self._parts_of(layer))
+        self._finish(layer, self._parts_of(layer))
+
+    def _finish(self, layer: nn.Module, parts: list[PackedWeight]) -> None:
+        """Give a layer its merged parts as plain parameters, in this device's order."""
+        weight, self.out_features = in_device_order(concat_weights(parts), self.dtype)
         self.table_ends = weight.table_ends
-        if self._takes_kernels(weight):
-            weight = self._order(weight)
         tensors = (weight.packed, weight.scales, weight.table)
         for name, tensor in zip(TENSOR_NAMES, tensors, strict=True):
             setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
-
-    def _takes_kernels(self, weight: PackedWeight) -> bool:
-        device = weight.packed.device
-        if device.type != "cuda" or self.dtype == torch.float32:
-            return False
-        if why_not(device):
-            warn_slow(device)
-            return False
-        return self.K % 32 == 0 and weight.packed.numel() > 0
-
-    def _order(self, weight: PackedWeight) -> PackedWeight:
-        """Put a weight into kernel order and compile its kernels, before a graph is captured."""
-        num_bits, device = self.spec.num_bits, weight.packed.device
-        packed, scales = to_kernel_order(weight.packed, weight.scales, num_bits, self.K)
-        self.out_features = weight.N
-        weight = weight._replace(packed=packed, scales=scales)
-        compile_kernels([problem_of(weight, 1, self.dtype)], device, lambda *_: None)
-        if device.type == "cuda":
-            # NOTE: kernels read weights before the previous kernel of the stream has ended.
-            torch.cuda.current_stream(device).synchronize()
-        return weight
+        # Why: vLLM looks by this name for the device to put a layer's LoRA adapters on.
+        layer.__dict__["qweight"] = layer.codes
 
     def _parts_of(self, layer: nn.Module) -> list[PackedWeight]:
         """Return the merged weights, as views of what was loaded."""
@@ -315,3 +337,83 @@ class FluteLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """
         rest = (self.spec, bias, self.out_features, self.table_ends)
         return lut_gemm(x, layer.codes, layer.scales, layer.table, *rest)
+
+
+@register_weight_loader_v2_supported_method
+class FluteOnlineLinearMethod(FluteLinearMethod):
+    """Quantises one dense linear layer, merged or not, as soon as vLLM has read its weight.
+
+    The weight lives on the meta device until then, so a layer at a time is dense.
+
+    Args:
+        name: of vLLM's layer.
+        parts: names in the checkpoint of what it merges.
+        options: what to quantise it to.
+    """
+
+    uses_meta_device = True
+    tensor_names = ("weight",)
+
+    def __init__(self, name: str, parts: Sequence[str], options: QuantizeOptions) -> None:
+        self.options = options
+        self.config = CheckpointConfig(
+            options.num_bits, options.group_size, method=options.method, table=options.table_name
+        )
+        super().__init__(name, parts, self.config.spec_of(name), self.config)
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Give a layer the dense weight of this rank, without memory yet; see the base class.
+
+        Raises:
+            FormatError: no group divides its rows.
+            UnsupportedProblemError: the ranks' parts cut a group or a word.
+        """
+        shape = (output_size, input_size)
+        fitted = fit_groups({self.name: shape}, self.options.group_size)
+        own = "float16" if params_dtype == torch.float16 else "bfloat16"
+        dtype = self.options.scale_dtype or own
+        overrides = dict.fromkeys(self.parts, fitted.get(self.name, {}))
+        self.config = replace(self.config, scale_dtype=dtype, overrides=overrides)
+        self.spec = self.config.spec_of(self.parts[0])
+        sizes, K = output_partition_sizes, input_size_per_partition
+        self._cut(layer, input_size, K, sizes, params_dtype)
+        load = self._checked("weight", extra_weight_attrs["weight_loader"], input_size)
+        weight = torch.empty(sum(sizes), K, dtype=params_dtype, device="meta")
+        axes = {"input_dim": 1, "output_dim": 0}
+        parameter = ModelWeightParameter(data=weight, weight_loader=load, **axes)
+        layer.register_parameter("weight", parameter)
+        initialize_online_processing(layer)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Quantise the weight, each merged part by itself, and drop it.
+
+        Args:
+            layer: of vLLM.
+
+        Raises:
+            CheckpointError: a weight was not in the checkpoint; the message names it.
+            FormatError: NaN or Inf; the message names the layer.
+            KernelCompileError: NVRTC refused a kernel.
+        """
+        if hasattr(layer, "codes"):  # done before
+            return
+        self._check_complete()
+        weight = layer.get_parameter("weight").data
+        names = self.parts if len(self.parts) == len(self.sizes) else (self.name,) * len(self.sizes)
+        parts = []
+        for name, rows in zip(names, weight.split(list(self.sizes)), strict=True):
+            done = quantize_weight(rows, name, self.config, self.options.table)
+            codes = pack_codes(done.codes, done.spec.num_bits)
+            rest = (done.scales, done.table, done.spec, *done.shape)
+            parts.append(PackedWeight(codes, *rest))
+        del layer.weight
+        self._finish(layer, parts)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import DEMO_MODEL, edit_json, edit_tensors, python, random_weight
 
+import flute
 from flute.concat import concat_weights
 from flute.errors import CheckpointError, FormatError, UnsupportedProblemError
 from flute.format import CheckpointConfig, PackedWeight, QuantSpec
@@ -202,12 +203,12 @@ def test_kernel_order_of_merged_layers(ranks, monkeypatch):
     """As on a GPU, but for the compiling; the op takes the order back on a CPU."""
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 
-    from flute.integrations import vllm_linear
+    from flute.integrations import vllm_order
 
-    monkeypatch.setattr(vllm_linear.FluteLinearMethod, "_takes_kernels", lambda *_: True)
+    monkeypatch.setattr(vllm_order, "takes_kernels", lambda *_: True)
     compiled = []
     monkeypatch.setattr(
-        vllm_linear, "compile_kernels", lambda problems, *_: compiled.append(problems)
+        vllm_order, "compile_kernels", lambda problems, *_: compiled.append(problems)
     )
     ranks(0, 1)
     spec = QuantSpec(3, 64)
@@ -291,9 +292,9 @@ def test_configs_that_cannot_be_served_say_so_in_a_line():
     config = CheckpointConfig().to_dict()
     with pytest.raises(FormatError, match="format version 99; this package reads up to 1"):
         FluteQuantizationConfig.from_config({**config, "format_version": 99})
-    with pytest.raises(UnsupportedProblemError, match=r"no `format_version`.*flute quantize MODEL"):
-        FluteQuantizationConfig.from_config({"quant_method": "flute", "bits": 4})
-    with pytest.raises(UnsupportedProblemError, match="no `quantization_config`"):
+    with pytest.raises(UnsupportedProblemError, match=r"The model is dense.*flute quantize MODEL"):
+        FluteQuantizationConfig.from_config({"quant_method": "flute", "group_size": 64})
+    with pytest.raises(UnsupportedProblemError, match="set FLUTE_BITS=4"):
         FluteQuantizationConfig()
 
 
@@ -323,12 +324,20 @@ def quantised(tmp_path_factory):
     return folders
 
 
-def serve(folder, tmp_path, **options):
+def serve(folder, tmp_path, environment=None, **options):
     """Greedy tokens of the prompts, or what the engine printed when it failed."""
     out = tmp_path / "tokens.json"
     (tmp_path / "engine.py").write_text(ENGINE)
     code = f"import runpy; runpy.run_path({str(tmp_path / 'engine.py')!r}, run_name='__main__')"
-    process = python(code, folder, json.dumps(options), json.dumps(PROMPTS), out, **ENVIRONMENT)
+    process = python(
+        code,
+        folder,
+        json.dumps(options),
+        json.dumps(PROMPTS),
+        out,
+        **ENVIRONMENT,
+        **(environment or {}),
+    )
     printed, _ = process.communicate(timeout=500)
     return json.loads(out.read_text()) if out.exists() else printed
 
@@ -378,5 +387,74 @@ def test_configs_are_refused_before_the_engine_starts(quantised, tmp_path):
     edit_json(folder / "config.json", quantization_config={**config, "format_version": 99})
     assert "format version 99; this package reads up to 1" in serve(folder, tmp_path)
     printed = serve(DEMO_MODEL, tmp_path, quantization="flute")
-    assert "no `quantization_config`" in printed
-    assert "flute quantize MODEL OUT" in printed
+    line = next(line for line in printed.splitlines() if "The model is dense" in line)
+    assert "FLUTE_BITS=4" in line
+    assert "flute quantize MODEL OUT" in line
+    assert "Loading weights" not in printed
+
+
+def test_a_dense_model_is_quantised_while_it_loads(quantised, tmp_path):
+    """By the environment and by --hf-overrides: the text is that of the quantised checkpoint."""
+    expected = transformers_tokens(quantised[4])
+    common = {"dtype": "float32", "enforce_eager": True, "quantization": "flute"}
+    by_environment = {"FLUTE_BITS": "4", "FLUTE_METHOD": "nf"}
+    assert serve(DEMO_MODEL, tmp_path, by_environment, **common) == expected
+    (tmp_path / "tokens.json").unlink()
+    request = {"quant_method": "flute", "bits": 4, "group_size": 64, "method": "nf"}
+    overrides = {"hf_overrides": {"quantization_config": request}}
+    assert serve(DEMO_MODEL, tmp_path, **common, **overrides) == expected
+
+
+def test_a_layer_quantised_while_it_loads_is_that_of_the_checkpoint(ranks):
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+
+    from flute.integrations.vllm_linear import FluteQuantizationConfig
+
+    request = {"quant_method": "flute", "bits": 3, "group_size": 64, "modules_to_not_convert": []}
+    config = FluteQuantizationConfig.from_config(request)
+    config.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    dense = [torch.randn(64, 256, dtype=torch.bfloat16) for _ in range(3)]
+    done = [packed(flute.quantize(w, 3, 64)) for w in dense]
+    ranks(1, 2)
+    common = {"bias": False, "quant_config": config, "params_dtype": torch.bfloat16}
+    both = MergedColumnParallelLinear(256, [64, 64], prefix="l.gate_up_proj", **common)
+    assert both.weight.device.type == "meta"
+    for i in range(2):
+        both.weight.weight_loader(both.weight, dense[i], i)
+    check(both, concat_weights([rows_of(w, slice(32, 64)) for w in done[:2]]), 256)
+    row = RowParallelLinear(256, 64, prefix="l.down_proj", **common)
+    row.weight.weight_loader(row.weight, dense[2])
+    last = done[2]
+    half = last._replace(packed=last.packed[:, 12:], scales=last.scales[:, 2:], K=128)
+    check(row, half, 128)
+    row.quant_method.process_weights_after_loading(row)  # vLLM calls it again at the end
+    check(row, half, 128)
+    ranks(0, 8)
+    with pytest.raises(
+        UnsupportedProblemError, match=r"`l\.down_proj`: a tensor parallel size of 8"
+    ):
+        RowParallelLinear(256, 64, prefix="l.down_proj", **common)
+
+
+def test_a_dense_weight_that_is_missing_or_wrong_is_named(ranks):
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+
+    from flute.integrations.vllm_linear import FluteQuantizationConfig
+
+    config = FluteQuantizationConfig.from_config({"quant_method": "flute", "bits": 4})
+    config.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    ranks(0, 1)
+
+    def layer():
+        return MergedColumnParallelLinear(
+            256, [64, 64], bias=False, quant_config=config, prefix="l.gate_up_proj"
+        )
+
+    made = layer()
+    made.weight.weight_loader(made.weight, torch.randn(64, 256), 0)
+    with pytest.raises(CheckpointError, match=r"lacks `l\.up_proj\.weight`"):
+        made.quant_method.process_weights_after_loading(made)
+    made = layer()
+    made.weight.weight_loader(made.weight, torch.randn(64, 256), 0)
+    with pytest.raises(FormatError, match=r"`l\.up_proj\.weight`.*NaN"):
+        made.weight.weight_loader(made.weight, torch.full((64, 256), float("nan")), 1)

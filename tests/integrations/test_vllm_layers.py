@@ -16,7 +16,14 @@ from helpers import ROOT, random_weight
 from flute.errors import FormatError, UnsupportedProblemError
 from flute.format import CheckpointConfig, PackedWeight, QuantSpec
 from flute.integrations import vllm as plugin
-from flute.integrations.vllm_layers import cut_rows, parts_of, spec_of_parts
+from flute.integrations.vllm_layers import (
+    cut_rows,
+    environment_request,
+    parts_of,
+    request_of,
+    spec_of_parts,
+    stays_dense,
+)
 from flute.pack import pack_codes
 from flute.reference import dequantize_packed
 
@@ -110,6 +117,42 @@ def test_specs_of_merged_layers():
         spec("b.gate_up_proj")
     with pytest.raises(UnsupportedProblemError, match=r"`c\.q_proj` has 4 bits .* `c\.k_proj` 3"):
         spec("c.qkv_proj")
+
+
+# ---- dense models
+
+
+def test_what_a_dense_model_is_quantised_to(monkeypatch):
+    assert environment_request() == {}
+    with pytest.raises(UnsupportedProblemError, match=r"The model is dense.*set FLUTE_BITS=4"):
+        request_of({})
+    monkeypatch.setenv("FLUTE_BITS", "3")
+    monkeypatch.setenv("FLUTE_GROUP_SIZE", "128")
+    monkeypatch.setenv("FLUTE_TABLE", "int")
+    options = request_of(environment_request())
+    assert (options.num_bits, options.group_size, options.table) == (3, 128, "int")
+    assert options.method == "mse"
+    monkeypatch.setenv("FLUTE_BITS", "four")
+    with pytest.raises(FormatError, match=r"FLUTE_BITS='four'; expected a whole number"):
+        environment_request()
+    options = request_of({"quant_method": "flute", "bits": 2, "modules_to_not_convert": ["o_proj"]})
+    assert (options.num_bits, options.skip) == (2, ("o_proj",))
+    for request, message in (
+        ({"bits": 5}, "`num_bits` is 5"),
+        ({"bits": 4, "gruop": 3}, r"keys \['gruop'\]"),
+        ({"bits": 4, "method": "gptq"}, "needs calibration text, which vLLM has not"),
+    ):
+        with pytest.raises(FormatError, match=message):
+            request_of(request)
+
+
+def test_what_stays_dense_in_a_model_quantised_while_it_loads():
+    parts = tuple(f"h.0.{p}" for p in MERGED["qkv_proj"])
+    assert not stays_dense(parts, ["*.o_proj"])
+    assert stays_dense(parts, ["*.0.*"])
+    assert stays_dense(["h.0.mlp.gate"], [])
+    with pytest.raises(UnsupportedProblemError, match=r"names `h\.0\.k_proj` only"):
+        stays_dense(parts, ["k_proj"])
 
 
 # ---- the plugin without vLLM

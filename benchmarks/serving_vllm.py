@@ -1,0 +1,182 @@
+"""vLLM servers to measure, and vLLM's own benchmark client against them.
+
+Servers outlive the command that starts them, so that several may be started at once and measured
+one after the other: `servers.json` in the work folder says which run. An idle server takes memory
+of the GPU and no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+FIRST_PORT = 8100
+CAPTURED = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+"""Numbers of sequences that vLLM captures a CUDA graph for; others are padded to the next."""
+KEPT = (
+    "completed",
+    "failed",
+    "output_throughput",
+    "total_token_throughput",
+    "mean_ttft_ms",
+    "median_ttft_ms",
+    "p99_ttft_ms",
+    "median_tpot_ms",
+    "p99_tpot_ms",
+    "duration",
+    "total_input_tokens",
+    "total_output_tokens",
+)
+
+
+def start(
+    models: dict[str, Path],
+    work: Path,
+    *,
+    kv_gib: float,
+    share: float,
+    extra: Sequence[str],
+) -> None:
+    """Start a server per model, whose weights vLLM makes up, without waiting for it.
+
+    Args:
+        models: variant -> folder.
+        work: where `servers.json` and the servers' logs are written.
+        kv_gib: GiB of KV cache of each server.
+        share: of the GPU's memory that must be free when each starts.
+        extra: more arguments for each.
+    """
+    environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    if find_spec("flashinfer") is None:
+        environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    servers = running(work)
+    for i, (variant, folder) in enumerate(models.items(), len(servers)):
+        port = FIRST_PORT + i
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--model", str(folder), "--port", str(port), "--dtype", "float16"]
+        command += ["--max-model-len", "4096", "--max-num-seqs", "128", "--seed", "0"]
+        command += ["--no-enable-prefix-caching", "--gpu-memory-utilization", str(share)]
+        command += ["--kv-cache-memory-bytes", str(int(kv_gib * 2**30))]
+        command += ["--cudagraph-capture-sizes", *map(str, CAPTURED)]
+        command += ["--load-format", "dummy", *extra]
+        with (work / f"{variant}.log").open("w") as log:
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        servers[variant] = {
+            "port": port,
+            "pid": process.pid,
+            "model": str(folder),
+            "command": command[1:],
+            "started": time.time(),
+        }
+    (work / "servers.json").write_text(json.dumps(servers, indent=1))
+
+
+def running(work: Path) -> dict[str, Any]:
+    """Return what `servers.json` says; empty if there is none."""
+    file = work / "servers.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def wait(work: Path, seconds: float) -> dict[str, float]:
+    """Wait until all servers answer or have died; return variant -> seconds until it answered."""
+    pending, ready = running(work), {}
+    deadline = time.monotonic() + seconds
+    while pending and time.monotonic() < deadline:
+        for variant, server in list(pending.items()):
+            if is_up(server["port"]):
+                ready[variant] = round(time.time() - server["started"], 1)
+                print(f"{variant}: ready after {ready[variant]} s", flush=True)
+                del pending[variant]
+            elif not _is_alive(server["pid"]):
+                print(f"{variant}: the server ended.\n{tail(work, variant)}", flush=True)
+                del pending[variant]
+        time.sleep(0.5)
+    for variant in pending:
+        print(f"{variant}: no answer in {seconds:.0f} s.\n{tail(work, variant)}", flush=True)
+    return ready
+
+
+def stop(work: Path, variants: Sequence[str] | None = None) -> None:
+    """End the servers with all their processes, and wait until they are gone."""
+    servers = running(work)
+    for variant in list(variants or servers):
+        server = servers.pop(variant, None)
+        if server is None:
+            continue
+        for kind in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server["pid"], kind)
+            for _ in range(100):
+                if not _is_alive(server["pid"]):
+                    break
+                time.sleep(0.1)
+    (work / "servers.json").write_text(json.dumps(servers, indent=1))
+
+
+def tail(work: Path, variant: str, lines: int = 25) -> str:
+    """Return the last lines of a server's log."""
+    text = (work / f"{variant}.log").read_text(errors="replace").splitlines()
+    return "\n".join(text[-lines:])
+
+
+def is_up(port: int) -> bool:
+    """Tell whether a server answers."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _is_alive(pid: int) -> bool:
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)  # ours: else it stays a zombie
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def measure(server: dict[str, Any], *, concurrency: int, prompts: int, tokens: tuple[int, int]):
+    """Run vLLM's benchmark client and return what of its result is kept.
+
+    Args:
+        server: from `running`.
+        concurrency: requests at once.
+        prompts: requests in all.
+        tokens: of a prompt, and of an answer.
+    """
+    from vllm.benchmarks import serve
+
+    parser = argparse.ArgumentParser()
+    serve.add_cli_args(parser)
+    arguments = ["--backend", "openai", "--base-url", f"http://127.0.0.1:{server['port']}"]
+    arguments += ["--model", server["model"], "--dataset-name", "random", "--ignore-eos"]
+    arguments += ["--random-input-len", str(tokens[0]), "--random-output-len", str(tokens[1])]
+    arguments += ["--num-prompts", str(prompts), "--max-concurrency", str(concurrency)]
+    arguments += ["--temperature", "0", "--disable-tqdm", "--seed", str(concurrency)]
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            result = asyncio.run(serve.main_async(parser.parse_args(arguments)))
+    except BaseException:
+        print(printed.getvalue()[-4000:], flush=True)
+        raise
+    return {key: result[key] for key in KEPT if key in result}

@@ -1,0 +1,70 @@
+"""The serving benchmarks: their random models, what they keep, and the engine without vLLM."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from helpers import DEMO_MODEL, ROOT, run_python
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+serving_models = pytest.importorskip("serving_models")
+
+from flute.format import CheckpointConfig  # noqa: E402
+from flute.linear import LutLinear  # noqa: E402
+
+
+@pytest.mark.parametrize("variant", ["w4", "w3", "w2"])
+def test_folders_say_how_they_are_quantised(tmp_path, variant):
+    serving_models.write_folder(tmp_path, variant, "tiny", 1, DEMO_MODEL)
+    config = json.loads((tmp_path / "config.json").read_text())
+    found = CheckpointConfig.from_dict(config["quantization_config"])
+    assert (found.num_bits, found.group_size) == (int(variant[1]), 128)
+    assert found.modules_to_not_convert == ("lm_head",)
+    assert config["num_hidden_layers"] == 1
+    assert (tmp_path / "tokenizer.json").exists()
+
+
+def test_random_models_are_quantised_but_for_the_head():
+    model = serving_models.random_model("w3", "tiny", 1, torch.device("cpu"))
+    layers = [m for m in model.modules() if isinstance(m, (LutLinear, torch.nn.Linear))]
+    assert [type(m) for m in layers].count(LutLinear) == len(layers) - 1 == 7
+    assert type(model.lm_head) is torch.nn.Linear
+    out = model(torch.tensor([[5, 6, 7]])).logits
+    assert bool(torch.isfinite(out).all())
+
+
+def test_transformers_engine_keeps_a_record_per_setting(tmp_path):
+    out = tmp_path / "records.json"
+    arguments = ["run", "--engine", "transformers", "--shape", "tiny", "--layers", "1"]
+    arguments += ["--variants", "fp16", "w4", "--concurrency", "2", "--input-tokens", "8"]
+    arguments += ["--output-tokens", "4", "--long-prompt", "16", "--rounds", "1"]
+    arguments += ["--backend", "none", "--device", "cpu"]
+    arguments += ["--work", str(tmp_path), "--out", str(out)]
+    code = "import runpy, sys; sys.path.insert(0, 'benchmarks'); sys.argv[0] = 'bench'; "
+    run_python(code + "runpy.run_path('benchmarks/bench_serving.py', None, '__main__')", *arguments)
+    records = json.loads(out.read_text())["records"]
+    assert [(r["variant"], r["concurrency"], r["input_tokens"]) for r in records] == [
+        ("fp16", 2, 8),
+        ("fp16", 1, 16),
+        ("w4", 2, 8),
+        ("w4", 1, 16),
+    ]
+    first = records[0]
+    taken = 2 * 4 / first["output_throughput"]
+    assert taken > first["median_ttft_ms"] / 1e3 > 0
+
+
+@pytest.mark.parametrize("dense", [[], ["--dense"]], ids=["packed", "dense"])
+def test_loading_is_measured(tmp_path, dense):
+    out = tmp_path / "load.json"
+    arguments = ["--shape", "tiny", "--layers", "2", "--device", "cpu", *dense]
+    arguments += ["--work", str(tmp_path / "shards"), "--out", str(out)]
+    code = "import runpy, sys; sys.path.insert(0, 'benchmarks'); "
+    run_python(code + "runpy.run_path('benchmarks/bench_load.py', None, '__main__')", *arguments)
+    record = json.loads(out.read_text())
+    packed = 2 * (3 * 256 * 768 + 3 * 256 * 256) / 2  # q, o and two half-size k and v make three
+    assert packed < record["parameter_bytes"] - 2 * 2 * 8192 * 256 < 2 * packed
+    assert record["seconds"] > 0
