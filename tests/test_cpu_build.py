@@ -142,8 +142,17 @@ def test_the_library_needs_nothing_of_python_or_torch(tmp_path):
     assert headers <= {
         f"{mark[0]}{name}.h{mark[1]}"
         for mark, names in {
-            "<>": ("stddef", "stdint", "string", "stdlib", "math", "stdatomic", "immintrin"),
-            '""': ("lut",),
+            "<>": (
+                "stddef",
+                "stdint",
+                "string",
+                "stdlib",
+                "math",
+                "stdatomic",
+                "immintrin",
+                "sys/mman",
+            ),
+            '""': ("lut", "variant"),
         }.items()
         for name in (*names, "arm_neon")
     }

@@ -5,6 +5,7 @@
 
    lut.c    entry points: tokens, rows, threads       order.c    stored order <-> order of kernels
    scalar.c avx2.c avx512.c neon.c    one tile by the instructions of one kind of CPU
+   variant.h    what each of those ends with: instances by bits and tokens, tokens in fixed point
 
    Tile order, for one table, or one per range of whole tiles. 16 rows make a tile; K is padded with
    code 0 to whole units of 32 codes. A unit is num_bits vectors of 16 words, one word a row:
@@ -45,7 +46,8 @@
 #define MAX_BLOCK 64      /* codes of a row that are summed in integers */
 #define BUDGET 128        /* TABLE_LIMIT * TABLE_LIMIT * BUDGET < 2^31 */
 #define TABLE_LIMIT 4095  /* |entry| in fixed point */
-#define MAX_TOKENS 8      /* of one call */
+#define MAX_TOKENS 8      /* that share a decoded weight */
+#define MAX_CALL 32       /* of one call: a tile and their integers stay in the L2 */
 #define HEADER 192        /* bytes before the codes */
 #define HEADER_EXACT 128  /* where among them */
 #define TABLE_TOLERANCE 3e-4 /* relative norm of a table's rounding; nf at 4 bits: 1.9e-4 */
@@ -68,15 +70,19 @@ struct weight {
 
 struct tokens {
   const void *x;     /* (M, K), rows x_stride elements apart */
-  const void *bias;  /* (N,) or NULL */
-  void *out;         /* (M, N), of the type of x */
   int64_t M, x_stride;
-  int32_t x_type, bias_type;
+  int32_t x_type;
 };
 
-/* What a kernel needs to know of its tiles. */
+struct result {
+  const void *bias;  /* (N,) or NULL */
+  void *out;         /* (M, N), of the type of x */
+  int32_t bias_type;
+};
+
+/* What a kernel needs to know of its tile. */
 struct tiles {
-  const uint8_t *codes, *scales;   /* of the first tile */
+  const uint8_t *codes, *scales;   /* of the tile */
   size_t code_bytes, scale_bytes;  /* of a tile */
   const float *table;              /* rounded to the type of x */
   const int16_t *fixed_table;
@@ -90,8 +96,15 @@ struct tiles {
 /* Weights of a tile's unit k / 32, table * scale: out[code of the unit][row]. */
 typedef void (*dense_fn)(const struct tiles *a, int64_t k, float out[UNIT][TILE]);
 
-/* sums[tile][token][row]; tokens is 1, 2, 4 or 8, but at most the variant's max_tokens. */
-typedef void (*tile_fn)(const struct tiles *a, int num_tiles, int tokens, float *sums);
+/* A tile's sums[token][row]; tokens is 1, 2, 4 or 8, but at most the variant's max_tokens. */
+typedef void (*tile_fn)(const struct tiles *a, int tokens, float *sums);
+
+/* A tile's first `rows` rows as 16-bit numbers of `type`, side by side: out[row][k], rows K apart. */
+typedef void (*half_fn)(const struct tiles *a, int rows, int type, uint16_t *out);
+
+/* Convert a token to fp32 and to fixed point; returns whether fixed point holds it. fixed is zero. */
+typedef int (*token_fn)(const struct tiles *a, const void *from, int type, float *x, int16_t *fixed,
+                        float *unit);
 
 struct variant {
   const char *name;
@@ -99,6 +112,8 @@ struct variant {
   int max_tokens, transposed;  /* transposed: fixed_x is in the order of bytes; see order_x */
   tile_fn fixed, exact;
   dense_fn dense;
+  token_fn token;
+  half_fn halves;              /* NULL: by `dense` */
 };
 
 extern const struct variant flute_scalar, flute_avx2, flute_avx512, flute_neon;
