@@ -218,7 +218,7 @@ def order_shapes(
 def _found() -> _Library:
     library = _library()
     if isinstance(library, str):
-        raise UnsupportedProblemError(f"A weight in CPU order needs the CPU kernels: {library}.")
+        raise UnsupportedProblemError(f"The CPU kernels are needed and cannot be had: {library}.")
     return library
 
 
@@ -243,6 +243,21 @@ def _check(error: int) -> None:
         raise MemoryError("The CPU kernels could not allocate their scratch.")
     if error:
         raise RuntimeError("torch's thread pool failed to run a CPU kernel.")
+
+
+def call(name: str, *args: Any) -> None:
+    """Call a function of the library; the variant that runs and the parallel loop are added.
+
+    Args:
+        name: of the function.
+        args: before these; ctypes' or what it converts.
+
+    Raises:
+        UnsupportedProblemError: there is no library; the message says why.
+        MemoryError: no memory for its scratch.
+    """
+    library = _found()
+    _check(getattr(library.functions, name)(*args, _variant_of(library), library.run))
 
 
 def order(weight: PackedWeight, exact: bool = False) -> tuple[Tensor, Tensor]:

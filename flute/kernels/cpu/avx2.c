@@ -192,8 +192,9 @@ static int usable(void) {
          __builtin_cpu_supports("f16c");
 }
 
-const struct variant flute_avx2 = {"avx2",    usable,    MOST_TOKENS, 1, any_fixed,
-                                    any_exact, any_dense, any_token,   NULL};
+const struct variant flute_avx2 = {.name = "avx2", .usable = usable, .max_tokens = MOST_TOKENS, .transposed = 1,
+    .fixed = any_fixed, .exact = any_exact, .dense = any_dense, .token = any_token, .nearest = any_nearest,
+    .halves = NULL};
 #else
 typedef int not_empty;
 #endif

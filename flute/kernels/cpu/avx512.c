@@ -242,8 +242,9 @@ static int usable(void) {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 }
 
-const struct variant flute_avx512 = {"avx512",  usable,    MOST_TOKENS, 0,          any_fixed,
-                                      any_exact, any_dense, any_token,   any_halves};
+const struct variant flute_avx512 = {.name = "avx512", .usable = usable, .max_tokens = MOST_TOKENS, .transposed = 0,
+    .fixed = any_fixed, .exact = any_exact, .dense = any_dense, .token = any_token, .nearest = any_nearest,
+    .halves = any_halves};
 #else
 typedef int not_empty;
 #endif

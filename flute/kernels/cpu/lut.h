@@ -6,6 +6,7 @@
    lut.c    entry points: tokens, rows, threads       order.c    stored order <-> order of kernels
    scalar.c avx2.c avx512.c neon.c    one tile by the instructions of one kind of CPU
    variant.h    what each of those ends with: instances by bits and tokens, tokens in fixed point
+   quantise.c   nearest entries, and the scales of least squared error
 
    Tile order, for one table, or one per range of whole tiles. 16 rows make a tile; K is padded with
    code 0 to whole units of 32 codes. A unit is num_bits vectors of 16 words, one word a row:
@@ -106,6 +107,10 @@ typedef void (*half_fn)(const struct tiles *a, int rows, int type, uint16_t *out
 typedef int (*token_fn)(const struct tiles *a, const void *from, int type, float *x, int16_t *fixed,
                         float *unit);
 
+/* codes[i] = order[the number of bounds below weight[i] / divisor]; entries - 1 ascending bounds. */
+typedef void (*nearest_fn)(const float *weight, int64_t length, float divisor, const float *bounds,
+                           const uint8_t *order, int entries, uint8_t *codes);
+
 struct variant {
   const char *name;
   int (*usable)(void);
@@ -113,6 +118,7 @@ struct variant {
   tile_fn fixed, exact;
   dense_fn dense;
   token_fn token;
+  nearest_fn nearest;
   half_fn halves;              /* NULL: by `dense` */
 };
 

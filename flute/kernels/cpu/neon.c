@@ -114,8 +114,9 @@ INLINE void dense(const struct tiles *a, int64_t k, float out[UNIT][TILE], const
 
 static int usable(void) { return 1; }
 
-const struct variant flute_neon = {"neon",    usable,    MOST_TOKENS, 1, any_fixed,
-                                    any_exact, any_dense, any_token,   NULL};
+const struct variant flute_neon = {.name = "neon", .usable = usable, .max_tokens = MOST_TOKENS, .transposed = 1,
+    .fixed = any_fixed, .exact = any_exact, .dense = any_dense, .token = any_token, .nearest = any_nearest,
+    .halves = NULL};
 #else
 typedef int not_empty;
 #endif

@@ -69,5 +69,6 @@ static int always(void) { return 1; }
 #define MOST_TOKENS MAX_TOKENS
 #include "variant.h"
 
-const struct variant flute_scalar = {"scalar",  always,    MOST_TOKENS, 0, any_fixed,
-                                      any_exact, any_dense, any_token,   NULL};
+const struct variant flute_scalar = {.name = "scalar", .usable = always, .max_tokens = MOST_TOKENS, .transposed = 0,
+    .fixed = any_fixed, .exact = any_exact, .dense = any_dense, .token = any_token, .nearest = any_nearest,
+    .halves = NULL};

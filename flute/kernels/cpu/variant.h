@@ -82,3 +82,16 @@ static int any_token(const struct tiles *a, const void *from, int type, float *x
   }
   return fits && lost <= TOKEN_TOLERANCE * TOKEN_TOLERANCE * norm;
 }
+
+static void any_nearest(const float *weight, int64_t length, float divisor, const float *bounds,
+                        const uint8_t *order, int entries, uint8_t *codes) {
+  for (int64_t first = 0; first < length; first += 32) {
+    const int now = length - first < 32 ? (int)(length - first) : 32;
+    float value[32] = {0};
+    int32_t rank[32] = {0};
+    for (int i = 0; i < now; i++) value[i] = weight[first + i] / divisor;
+    for (int b = 0; b < entries - 1; b++)
+      for (int i = 0; i < 32; i++) rank[i] += value[i] > bounds[b];
+    for (int i = 0; i < now; i++) codes[first + i] = order[rank[i]];
+  }
+}
