@@ -86,6 +86,7 @@ class _Library(NamedTuple):
     usable: tuple[str, ...]  # on this CPU, fastest first
     run: ctypes.c_void_p  # a parallel loop
     is_parallel: bool
+    origin: str  # prebuilt, or compiled by whom and why
 
 
 @cache
@@ -94,7 +95,7 @@ def _library() -> _Library | str:
     from flute.cpu.build import load  # NOTE: importing `flute` must not load the compiler
 
     try:
-        functions = load()
+        functions, origin = load()
     except FluteError as error:
         return str(error)
     functions.flute_variant_name.restype = ctypes.c_char_p
@@ -105,13 +106,14 @@ def _library() -> _Library | str:
     parallel = _torch_parallel_for()
     run = parallel or functions.flute_serial
     address = ctypes.cast(run, ctypes.c_void_p)
-    return _Library(functions, tuple(variants), tuple(usable), address, parallel is not None)
+    found = (functions, tuple(variants), tuple(usable), address, parallel is not None, origin)
+    return _Library(*found)
 
 
 def _torch_parallel_for() -> Any:
     """Torch's loop over its own threads, a C function; None if this torch does not export it."""
     folder = Path(torch.__file__).parent / "lib"
-    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll"):
         if (folder / name).exists():
             return getattr(ctypes.CDLL(str(folder / name)), "torch_parallel_for", None)
     return None
@@ -175,7 +177,8 @@ def describe() -> str:
         return f"none: {reason}"
     library = _found()
     threads = "torch's threads" if library.is_parallel else "one thread (torch exports no loop)"
-    return f"{variant()} (of {', '.join(library.usable)}), {threads}"
+    usable = ", ".join(library.usable)
+    return f"{variant()} (of {usable}), {threads}; {library.origin}"
 
 
 @cache
