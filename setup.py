@@ -61,8 +61,9 @@ def compile_all(folder):
     with ThreadPoolExecutor(2) as pool:
         sums = list(pool.map(compile_one, targets.TARGETS.items()))
     (folder / targets.SUMS).write_text("".join(sums))
-    for left in folder.glob("*"):  # import libraries and debug symbols of Windows
-        if left.suffix != ".lib" and left.name != targets.SUMS:
+    expected = {line.split()[1] for line in sums} | {targets.SUMS}
+    for left in folder.iterdir():  # import libraries of Windows
+        if left.name not in expected:
             left.unlink()
 
 

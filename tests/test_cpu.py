@@ -319,6 +319,34 @@ def test_compiled_and_exported():
     assert torch.equal(program.module()(x[:4]), layer(x[:4]))
 
 
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_compiled_without_prepare_runs_kernels(fullgraph):
+    expected = layer_of()[1]
+    layers = [layer_of()[1] for _ in range(2)]
+    torch._dynamo.reset()
+    x = torch.randn(3, 256, generator=generator(1))
+    for layer in layers:  # the second meets code that is compiled already
+        compiled = torch.compile(layer, fullgraph=fullgraph, backend="aot_eager")
+        assert torch.equal(compiled(x), expected(x))
+        assert layer.cpu_order
+        assert torch.equal(compiled(x[:1]), expected(x[:1]))
+        state = layer.state_dict()
+        layer.load_state_dict(state)  # back in the order of storage
+        assert not layer.cpu_order
+        assert torch.equal(compiled(x), expected(x))
+        assert layer.cpu_order
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_exported_without_prepare(strict):
+    weight, layer = layer_of()
+    x = torch.randn(3, 256, generator=generator(1))
+    program = torch.export.export(layer, (x,), strict=strict)
+    out = program.module()(x)
+    assert relative_error(out, exact_product(x, weight, layer.bias)) <= 6e-4
+    assert relative_error(layer(x), exact_product(x, weight, layer.bias)) <= 6e-4
+
+
 def test_the_op():
     _, layer = layer_of()
     flute.prepare(layer)

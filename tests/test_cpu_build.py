@@ -221,6 +221,23 @@ setup.compile_all(pathlib.Path(sys.argv[3]))
         assert f"{hashlib.sha256(content).hexdigest()}  {path.name}\n" in sums
 
 
+def test_the_instructions_found_are_those_the_system_tells():
+    info = Path("/proc/cpuinfo")
+    if platform.machine() != "x86_64" or not info.exists():
+        pytest.skip("tells no flags of an x86-64")
+    flags = set(info.read_text().partition("flags")[2].partition("\n")[0].split())
+    library = build.load()[0]
+    library.flute_variant_name.restype = ctypes.c_char_p
+    needs = {
+        b"avx512": {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"},
+        b"avx2": {"avx2", "fma", "f16c"},
+        b"scalar": set(),
+    }
+    for i in range(3):
+        usable = needs[library.flute_variant_name(i)] <= flags
+        assert bool(library.flute_variant_usable(i)) == usable
+
+
 @needs_compiler
 def test_the_library_needs_nothing_of_python_or_torch(tmp_path):
     library, nothing = build.load()[0], ctypes.c_int64(0)
@@ -243,6 +260,7 @@ def test_the_library_needs_nothing_of_python_or_torch(tmp_path):
                 "stdatomic",
                 "immintrin",
                 "sys/mman",
+                "cpuid",
             ),
             '""': ("lut", "variant"),
         }.items()

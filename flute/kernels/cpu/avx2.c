@@ -188,8 +188,9 @@ INLINE void dense(const struct tiles *a, int64_t k, float out[UNIT][TILE], const
 #endif
 
 static int usable(void) {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
+  const uint32_t fma = 1u << 12, avx = 1u << 28, f16c = 1u << 29, avx2 = 1u << 5;
+  return (features(LEAF1_C) & (fma | avx | f16c)) == (fma | avx | f16c) && features(LEAF7_B) & avx2 &&
+         system_saves(0x06);
 }
 
 const struct variant flute_avx2 = {.name = "avx2", .usable = usable, .max_tokens = MOST_TOKENS, .transposed = 1,

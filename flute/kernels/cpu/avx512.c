@@ -238,8 +238,8 @@ static void any_halves(const struct tiles *a, int rows, int type, uint16_t *out)
 #endif
 
 static int usable(void) {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  const uint32_t f = 1u << 16, bw = 1u << 30, vl = 1u << 31, vnni = 1u << 11;
+  return (features(LEAF7_B) & (f | bw | vl)) == (f | bw | vl) && features(LEAF7_C) & vnni && system_saves(0xE6);
 }
 
 const struct variant flute_avx512 = {.name = "avx512", .usable = usable, .max_tokens = MOST_TOKENS, .transposed = 0,

@@ -193,4 +193,26 @@ static inline void unpack_unit(const uint32_t *words, int num_bits, uint8_t code
 
 #define INLINE static inline __attribute__((always_inline))
 
+#ifdef FLUTE_X86
+#include <cpuid.h>
+
+enum feature_register { LEAF1_C, LEAF7_B, LEAF7_C };
+
+/* A register of features; Intel's manual, CPUID. Why not __builtin_cpu_supports: what it reads is
+   filled by a part of the compiler's runtime, which zig's lacks: all is absent then. */
+static inline uint32_t features(enum feature_register which) {
+  uint32_t a, b, c, d;
+  if (!__get_cpuid_count(which == LEAF1_C ? 1 : 7, 0, &a, &b, &c, &d)) return 0;
+  return which == LEAF7_B ? b : c;
+}
+
+/* Whether the system saves these registers when it switches threads: bits of XCR0. */
+static inline int system_saves(uint32_t registers) {
+  uint32_t low, high;
+  if (!(features(LEAF1_C) >> 27 & 1)) return 0; /* no XGETBV */
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & registers) == registers;
+}
+#endif
+
 #endif
