@@ -21,8 +21,9 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-wheel: $(VENV)/.installed-dev
-	$(BIN)/python -m build --wheel
+wheel: $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet build 'setuptools>=77' 'ziglang>=0.15'
+	FLUTE_PREBUILT=1 $(BIN)/python -m build --wheel --no-isolation
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

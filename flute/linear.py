@@ -194,6 +194,8 @@ class LutLinear(nn.Module):
             out = self._run_ready(x) if self.kernel_order else None
             if out is not None:
                 return out
+        elif not self._settled and is_dynamo_compiling():
+            self._settle_traced()
         elif not self._settled and not is_compiling():
             self._settle(x)
         N = self.out_features if self.kernel_order or self.cpu_order else None
@@ -253,6 +255,18 @@ class LutLinear(nn.Module):
                 with _lock:
                     self.to_cpu_order()
         self._settled = True
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _settle_traced(self) -> bool:
+        """Change to the order of a CPU's kernels while `torch.compile` looks at the layer.
+
+        Dynamo calls it on the layer itself, before it has looked at codes and scales; what it
+        compiles then has them in CPU order.
+        """
+        if self.codes.device.type == "cpu" and not self.cpu_order and self.takes_cpu_kernels():
+            with _lock:
+                self.to_cpu_order()
+        return self.cpu_order
 
     def takes_kernels(self) -> bool:
         """Tell whether kernels serve this layer where it is."""

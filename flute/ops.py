@@ -148,8 +148,8 @@ def path_of(device: torch.device, dtype: torch.dtype) -> str:
             return f"{_REFERENCE} (slow; no kernels: {reason})"
         kind = "exact" if cpu.is_exact() else "fixed point"
         return (
-            f"M <= {cpu.MAX_M}: {cpu.variant()} kernels, {kind}; more: dequantise, then torch's "
-            "matmul; codes in the order of storage: reference"
+            f"M <= {cpu.direct_m()}: {cpu.variant()} kernels, {kind}; more: dequantise, then "
+            "torch's matmul; codes in the order of storage: reference"
         )
     if device.type != "cuda":
         return _REFERENCE

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import platform
 import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
-from helpers import python, run_python
+from helpers import ROOT, python, run_python
 
-from flute.cpu import build
+from flute.cpu import build, targets
 from flute.errors import UnsupportedProblemError
 from flute.jit.compiler import KernelCompileError
 
@@ -38,11 +40,11 @@ def fake_compiler(folder: Path, script: str) -> Path:
 
 @needs_compiler
 def test_compiled_once_then_read(one_file, tmp_path, monkeypatch):
-    assert build.load(tmp_path / "cache").flute_multiply() == 7
+    assert build.load(tmp_path / "cache")[0].flute_multiply() == 7
     (library,) = (tmp_path / "cache").glob("*.so")
     assert (tmp_path / "cache" / f"{library.stem}.c").read_text().count("return 7") == 1
     monkeypatch.setattr(build, "_compile", None)
-    assert build.load(tmp_path / "cache").flute_multiply() == 7
+    assert build.load(tmp_path / "cache")[0].flute_multiply() == 7
     (one_file / "one.c").write_text("int flute_multiply(void) { return 8; }\n")
     with pytest.raises(TypeError):  # another text is another key
         build.load(tmp_path / "cache")
@@ -54,15 +56,15 @@ def test_a_corrupt_library_is_compiled_again(one_file, tmp_path):
     (library,) = (tmp_path / "cache").glob("*.so")
     library.write_bytes(library.read_bytes()[:100])
     with pytest.warns(UserWarning, match=r"\.so` is corrupt; it is compiled again"):
-        assert build.load(tmp_path / "cache").flute_multiply() == 7
-    assert build.load(tmp_path / "cache").flute_multiply() == 7
+        assert build.load(tmp_path / "cache")[0].flute_multiply() == 7
+    assert build.load(tmp_path / "cache")[0].flute_multiply() == 7
 
 
 @needs_compiler
 def test_a_folder_that_cannot_be_written(one_file, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match=r"cannot be written .* Set FLUTE_CACHE_DIR"):
-        assert build.load(tmp_path / "file" / "cache").flute_multiply() == 7
+        assert build.load(tmp_path / "file" / "cache")[0].flute_multiply() == 7
 
 
 def test_the_users_compiler_counts_first(tmp_path, monkeypatch):
@@ -92,7 +94,7 @@ def test_a_library_that_cannot_be_loaded_is_told():
 CHILD = """
 import sys, time
 from pathlib import Path
-from flute.cpu import build
+from flute.cpu import build, targets
 build.KERNELS = Path(sys.argv[1])
 compile_ = build._compile
 def slow(command):
@@ -101,7 +103,7 @@ def slow(command):
     time.sleep(float(sys.argv[4]))
     return compile_(command)
 build._compile = slow
-assert build.load(Path(sys.argv[2])).flute_multiply() == 7
+assert build.load(Path(sys.argv[2]))[0].flute_multiply() == 7
 """
 
 
@@ -129,9 +131,116 @@ def test_a_killed_writer_leaves_nothing_that_counts(one_file, tmp_path):
     assert (tmp_path / "log").read_text() == "compiling\n" * 2
 
 
+def prebuild(folder, name=None, code=None):
+    """Put what the compiler makes of the sources where a wheel has it."""
+    files = targets.read_sources(folder)
+    path = folder / "prebuilt" / (name or targets.file_name(targets.this_target(), files))
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(code or build._compile(build.compiler()).code)
+    entry = f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
+    (path.parent / targets.SUMS).write_text(entry)
+    return path
+
+
+@needs_compiler
+def test_a_prebuilt_library_needs_no_compiler(one_file, tmp_path, monkeypatch):
+    prebuild(one_file)
+    monkeypatch.setattr(build, "compiler", None)
+    functions, origin = build.load(tmp_path / "cache")
+    assert (functions.flute_multiply(), origin) == (7, "prebuilt")
+    assert not (tmp_path / "cache").exists()
+
+
+@needs_compiler
+def test_a_prebuilt_library_of_other_sources_does_not_count(one_file, tmp_path):
+    prebuild(one_file)
+    (one_file / "one.c").write_text("int flute_multiply(void) { return 8; }\n")
+    functions, origin = build.load(tmp_path / "cache")
+    assert functions.flute_multiply() == 8
+    assert origin.endswith(": the prebuilt library is of other sources")
+
+
+@needs_compiler
+@pytest.mark.parametrize("harm", ["bytes", "sums", "kind"])
+def test_a_broken_prebuilt_library_warns_and_is_compiled(one_file, tmp_path, harm):
+    path = prebuild(one_file, code=b"not a library" if harm == "kind" else None)
+    if harm == "bytes":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif harm == "sums":
+        (path.parent / targets.SUMS).unlink()
+    with pytest.warns(UserWarning, match=r"The prebuilt library .* is broken .*; reinstall flute"):
+        functions, origin = build.load(tmp_path / "cache")
+    assert functions.flute_multiply() == 7
+    assert origin.startswith("compiled by ")
+
+
+def test_without_both_the_error_names_both(one_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    expected = rf"no prebuilt library for {targets.this_target()}, and no C compiler"
+    with pytest.raises(UnsupportedProblemError, match=expected):
+        build.load(tmp_path / "cache")
+
+
+def test_machines_have_one_name(monkeypatch):
+    for system, machine in (("Windows", "AMD64"), ("Windows", "ARM64"), ("Darwin", "arm64")):
+        monkeypatch.setattr(platform, "system", lambda system=system: system)
+        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
+        assert targets.this_target() in targets.TARGETS
+    assert {f"{s}-{m}" for s in ("linux", "darwin", "windows") for m in ("x86_64", "aarch64")} == {
+        *targets.TARGETS
+    }
+
+
+MAGIC = {"linux": b"\x7fELF", "darwin": b"\xcf\xfa\xed\xfe", "windows": b"MZ"}
+
+
+def test_the_wheel_build_compiles_for_all_systems(tmp_path):
+    """Cross-compiling six libraries takes minutes: one file, which all compilers take."""
+    pytest.importorskip("ziglang")
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "one.c").write_text("int flute_multiply(void) { return 7; }\n")
+    code = """
+import importlib.util, pathlib, setuptools, sys
+setuptools.setup = lambda **_: None
+spec = importlib.util.spec_from_file_location("setup", sys.argv[1])
+setup = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(setup)
+targets = setup.load_targets()
+targets.KERNELS = pathlib.Path(sys.argv[2])
+targets.read_sources.__defaults__ = (targets.KERNELS,)
+setup.load_targets = lambda: targets
+setup.compile_all(pathlib.Path(sys.argv[3]))
+"""
+    run_python(code, ROOT / "setup.py", tmp_path / "kernels", tmp_path / "out")
+    sums = (tmp_path / "out" / targets.SUMS).read_text()
+    for target in targets.TARGETS:
+        (path,) = (tmp_path / "out").glob(f"*-{target}.lib")
+        content = path.read_bytes()
+        assert content.startswith(MAGIC[target.partition("-")[0]])
+        assert f"{hashlib.sha256(content).hexdigest()}  {path.name}\n" in sums
+
+
+def test_the_instructions_found_are_those_the_system_tells():
+    info = Path("/proc/cpuinfo")
+    if platform.machine() != "x86_64" or not info.exists():
+        pytest.skip("tells no flags of an x86-64")
+    flags = set(info.read_text().partition("flags")[2].partition("\n")[0].split())
+    library = build.load()[0]
+    library.flute_variant_name.restype = ctypes.c_char_p
+    needs = {
+        b"avx512": {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"},
+        b"avx2": {"avx2", "fma", "f16c"},
+        b"scalar": set(),
+    }
+    for i in range(3):
+        usable = needs[library.flute_variant_name(i)] <= flags
+        assert bool(library.flute_variant_usable(i)) == usable
+
+
 @needs_compiler
 def test_the_library_needs_nothing_of_python_or_torch(tmp_path):
-    library, nothing = build.load(), ctypes.c_int64(0)
+    library, nothing = build.load()[0], ctypes.c_int64(0)
     assert library.flute_serial(nothing, nothing, nothing, None, None) == 0
     headers = {
         line.split()[1]
@@ -142,8 +251,18 @@ def test_the_library_needs_nothing_of_python_or_torch(tmp_path):
     assert headers <= {
         f"{mark[0]}{name}.h{mark[1]}"
         for mark, names in {
-            "<>": ("stddef", "stdint", "string", "stdlib", "math", "stdatomic", "immintrin"),
-            '""': ("lut",),
+            "<>": (
+                "stddef",
+                "stdint",
+                "string",
+                "stdlib",
+                "math",
+                "stdatomic",
+                "immintrin",
+                "sys/mman",
+                "cpuid",
+            ),
+            '""': ("lut", "variant"),
         }.items()
         for name in (*names, "arm_neon")
     }

@@ -1,13 +1,15 @@
-"""Compile the kernels of `flute/kernels/cpu` by the system's C compiler, once, into the cache.
+"""Get the library of `flute/kernels/cpu`: the prebuilt one of the wheel, else compiled, once.
 
 One shared library holds the variants for all kinds of CPU of one architecture; which runs is
 decided when it is loaded. It needs libc and libm, nothing of Python or torch.
 
+    prebuilt/<key>-<system>-<machine>.lib, if it is of these sources and whole -> ctypes
     *.c, one compiler run each, in parallel -> *.o -> library -> flute.jit.cache -> ctypes
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -18,16 +20,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from flute.cpu.targets import KERNELS, OPTIONS, SUMS, file_name, read_sources, this_target
 from flute.errors import UnsupportedProblemError
 from flute.jit.cache import load_or_compile
 from flute.jit.compiler import Cubin, KernelCompileError, Source
 
-KERNELS = Path(__file__).parents[1] / "kernels" / "cpu"
-OPTIONS = ("-std=gnu11", "-O3", "-fPIC", "-ffp-contract=off")
-"""No fused multiplications but where they are written: results must not depend on the compiler."""
 _SCHEMA = 1
 """Raised when what the library's functions take changes but their text does not."""
 _TIMEOUT = 300
@@ -53,8 +54,8 @@ def compiler() -> list[str]:
     )
 
 
-def load(folder: Path | None = None) -> ctypes.CDLL:
-    """Return the library, compiled if the cache lacks it.
+def load(folder: Path | None = None) -> tuple[ctypes.CDLL, str]:
+    """Return the library, prebuilt or compiled, and, for people, where it comes from.
 
     What is loaded are the bytes whose checksum was verified, not a file that may change meanwhile.
 
@@ -65,8 +66,14 @@ def load(folder: Path | None = None) -> ctypes.CDLL:
         UnsupportedProblemError: no compiler, or a system that cannot load what it makes.
         KernelCompileError: the compiler's log; the source is kept under ``failed/`` in the folder.
     """
-    command = compiler()
-    files = {path.name: path.read_text() for path in sorted(KERNELS.glob("*.[ch]"))}
+    files = read_sources(KERNELS)
+    prebuilt, why = _prebuilt(files)
+    if prebuilt is not None:
+        return prebuilt, "prebuilt"
+    try:
+        command = compiler()
+    except UnsupportedProblemError as error:
+        raise UnsupportedProblemError(f"{why}, and {error}") from error
     text = "".join(f"/* ---- {name} */\n{content}\n" for name, content in files.items())
     version = _run([*command, "--version"])
     parts = [_SCHEMA, files, OPTIONS, command, version, platform.system(), platform.machine()]
@@ -75,7 +82,26 @@ def load(folder: Path | None = None) -> ctypes.CDLL:
     found = load_or_compile(
         source, platform.machine(), folder, lambda *_: _compile(command), key, (".c", ".so")
     )
-    return _load_bytes(found.code)
+    return _load_bytes(found.code), f"compiled by {shlex.join(command)}: {why}"
+
+
+def _prebuilt(files: dict[str, str]) -> tuple[ctypes.CDLL | None, str]:
+    """The library that came with the package, or why there is none; a broken one warns."""
+    folder, target = KERNELS / "prebuilt", this_target()
+    path = folder / file_name(target, files)
+    if not path.exists():
+        if next(folder.glob(f"*-{target}.lib"), None) is not None:
+            return None, "the prebuilt library is of other sources"
+        return None, f"this install has no prebuilt library for {target}"
+    try:
+        code, sums = path.read_bytes(), (folder / SUMS).read_text()
+        if f"{hashlib.sha256(code).hexdigest()}  {path.name}\n" not in sums:
+            raise UnsupportedProblemError(f"its checksum is not that in {SUMS}")
+        return _load_bytes(code), ""
+    except (OSError, UnsupportedProblemError) as error:
+        reason = f"the prebuilt library `{path}` is broken ({error})"
+        warnings.warn(f"T{reason[1:]}; reinstall flute. A C compiler is tried.", stacklevel=5)
+        return None, reason
 
 
 def _compile(command: list[str]) -> Cubin:
@@ -135,8 +161,9 @@ def _load_bytes(code: bytes) -> ctypes.CDLL:
                 file.write(code)
             return ctypes.CDLL(name)
         finally:
-            os.unlink(name)
+            with contextlib.suppress(PermissionError):  # Windows keeps what is loaded
+                os.unlink(name)
     except OSError as error:
         raise UnsupportedProblemError(
-            f"the compiled library cannot be loaded: {error}; is the C compiler one for this CPU?"
+            f"the library cannot be loaded: {error}; is the C compiler one for this CPU?"
         ) from error

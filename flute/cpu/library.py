@@ -4,8 +4,8 @@ Owns which variant runs and why none does; knows nothing of layers. A weight in 
 `PackedWeight` with uint8 codes (`flute/kernels/cpu/lut.h` states the order), so the dtype of the
 codes tells the orders apart: int32 as stored or for GPUs, uint8 for CPUs.
 
-    M <= 8   one call; a decoded weight serves all tokens      fixed point, or exact
-    M > 8    rows dequantised by slices, then torch's matmul
+    M <= direct_m()    kernels; a decoded weight serves 8 tokens    fixed point, or exact
+    more               rows dequantised by slices, then torch's matmul
 
 Threads are those of torch: its ``torch_parallel_for`` is passed to the library.
 """
@@ -33,8 +33,13 @@ UNIT_K = 32
 """K is padded to a multiple of this."""
 HEADER = 192
 """Bytes before the codes."""
-MAX_M = 8
-"""Most tokens of one call of a kernel."""
+HEADER_EXACT = 128
+"""Which of them says that products are to be exact."""
+MAX_M = 32
+"""Most tokens of one call of the library."""
+_DIRECT_M = {"avx512": 192, "avx2": 32, "neon": 16, "scalar": 8}
+_DIRECT_M_AMX = 24
+"""Where torch's matmul has matrix units, which multiply several times as fast."""
 SLICE_BYTES = 1 << 23
 """Most bytes of dequantised weight at a time: it should be in the cache when it is multiplied."""
 EXACT_ENVIRONMENT = "FLUTE_CPU_EXACT"
@@ -61,11 +66,16 @@ class _Weight(ctypes.Structure):
 class _Tokens(ctypes.Structure):
     _fields_ = (
         ("x", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
         ("M", ctypes.c_int64),
         ("x_stride", ctypes.c_int64),
         ("x_type", ctypes.c_int32),
+    )
+
+
+class _Result(ctypes.Structure):
+    _fields_ = (
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
         ("bias_type", ctypes.c_int32),
     )
 
@@ -76,6 +86,7 @@ class _Library(NamedTuple):
     usable: tuple[str, ...]  # on this CPU, fastest first
     run: ctypes.c_void_p  # a parallel loop
     is_parallel: bool
+    origin: str  # prebuilt, or compiled by whom and why
 
 
 @cache
@@ -84,7 +95,7 @@ def _library() -> _Library | str:
     from flute.cpu.build import load  # NOTE: importing `flute` must not load the compiler
 
     try:
-        functions = load()
+        functions, origin = load()
     except FluteError as error:
         return str(error)
     functions.flute_variant_name.restype = ctypes.c_char_p
@@ -95,13 +106,14 @@ def _library() -> _Library | str:
     parallel = _torch_parallel_for()
     run = parallel or functions.flute_serial
     address = ctypes.cast(run, ctypes.c_void_p)
-    return _Library(functions, tuple(variants), tuple(usable), address, parallel is not None)
+    found = (functions, tuple(variants), tuple(usable), address, parallel is not None, origin)
+    return _Library(*found)
 
 
 def _torch_parallel_for() -> Any:
     """Torch's loop over its own threads, a C function; None if this torch does not export it."""
     folder = Path(torch.__file__).parent / "lib"
-    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll"):
         if (folder / name).exists():
             return getattr(ctypes.CDLL(str(folder / name)), "torch_parallel_for", None)
     return None
@@ -137,6 +149,22 @@ def why_not() -> str:
     return ""
 
 
+def direct_m() -> int:
+    """Return the most tokens that kernels multiply; torch multiplies more by dequantised rows.
+
+    Why 192: kernels and torch's matmul with rows dequantised for it take the same time then (Zen 4,
+    14336 x 4096, one thread); with two threads, which slices make wait, kernels win longer.
+    """
+    name = variant()
+    return _DIRECT_M_AMX if name == "avx512" and _has_amx() else _DIRECT_M[name]
+
+
+@cache
+def _has_amx() -> bool:
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16"))
+
+
 def is_turned_off() -> bool:
     """Tell whether ``$FLUTE_CPU_VARIANT`` is "none"."""
     return os.environ.get(VARIANT_ENVIRONMENT) == "none"
@@ -149,7 +177,8 @@ def describe() -> str:
         return f"none: {reason}"
     library = _found()
     threads = "torch's threads" if library.is_parallel else "one thread (torch exports no loop)"
-    return f"{variant()} (of {', '.join(library.usable)}), {threads}"
+    usable = ", ".join(library.usable)
+    return f"{variant()} (of {usable}), {threads}; {library.origin}"
 
 
 @cache
@@ -192,7 +221,7 @@ def order_shapes(
 def _found() -> _Library:
     library = _library()
     if isinstance(library, str):
-        raise UnsupportedProblemError(f"A weight in CPU order needs the CPU kernels: {library}.")
+        raise UnsupportedProblemError(f"The CPU kernels are needed and cannot be had: {library}.")
     return library
 
 
@@ -219,6 +248,21 @@ def _check(error: int) -> None:
         raise RuntimeError("torch's thread pool failed to run a CPU kernel.")
 
 
+def call(name: str, *args: Any) -> None:
+    """Call a function of the library; the variant that runs and the parallel loop are added.
+
+    Args:
+        name: of the function.
+        args: before these; ctypes' or what it converts.
+
+    Raises:
+        UnsupportedProblemError: there is no library; the message says why.
+        MemoryError: no memory for its scratch.
+    """
+    library = _found()
+    _check(getattr(library.functions, name)(*args, _variant_of(library), library.run))
+
+
 def order(weight: PackedWeight, exact: bool = False) -> tuple[Tensor, Tensor]:
     """Put a stored weight into CPU order, in parallel.
 
@@ -232,11 +276,12 @@ def order(weight: PackedWeight, exact: bool = False) -> tuple[Tensor, Tensor]:
     library, scales = _found(), weight.scales.contiguous()
     by_rows = is_by_rows(weight.table.shape[0], weight.table_ends)
     code_shape, scale_shape = order_shapes(weight.N, weight.K, weight.spec, by_rows)
-    codes = torch.zeros(code_shape, dtype=torch.uint8)
+    codes = torch.empty(code_shape, dtype=torch.uint8)
     ordered = torch.zeros(scale_shape, dtype=scales.dtype)
     stored, _kept = _weight(weight, scales)
     out = (ctypes.c_void_p(codes.data_ptr()), ctypes.c_void_p(ordered.data_ptr()))
-    _check(library.functions.flute_order(ctypes.byref(stored), *out, int(exact), library.run))
+    place = (*out, ctypes.c_int64(codes.numel()))
+    _check(library.functions.flute_order(ctypes.byref(stored), *place, int(exact), library.run))
     return codes, ordered
 
 
@@ -298,32 +343,65 @@ def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     Returns:
         Shape (M, N), dtype of ``x``.
     """
-    M, exact = x.shape[0], is_exact() or bool(weight.packed[HEADER - 64])
-    if M > MAX_M:
-        return _multiply_dense(x, weight, bias, exact)
-    out = x.new_empty(M, weight.N)
+    return multiply_all(x, [weight], [bias])[0]
+
+
+def multiply_all(
+    x: Tensor, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Multiply the same tokens by several weights; see `multiply`.
+
+    Up to `direct_m` tokens go to the library together: tokens are converted and threads are woken
+    once for all weights. Results are those of `multiply`, bit for bit.
+
+    Args:
+        x: fp16, bf16 or fp32, shape (M, K), on the CPU.
+        weights: in CPU order, of the same K and spec, all by rows or none; at most 16.
+        biases: shape (N,) each, or None.
+
+    Returns:
+        Shapes (M, N), dtype of ``x``.
+    """
+    exact = is_exact()
+    if x.shape[0] > direct_m():
+        return [
+            _multiply_dense(x, weight, bias, exact or bool(weight.packed[HEADER_EXACT]))
+            for weight, bias in zip(weights, biases, strict=True)
+        ]
+    M = x.shape[0]
+    outs = [x.new_empty(M, weight.N) for weight in weights]
     if not M:
-        return out
+        return outs
     library = _found()
     if x.stride(1) != 1:
         x = x.contiguous()
-    if bias is not None:
-        bias = (bias if bias.dtype in _TYPES else bias.float()).contiguous()
-    c_weight, _kept = _weight(weight, weight.scales.contiguous())
-    bias_at, bias_type = (None, 0) if bias is None else (bias.data_ptr(), _TYPES[bias.dtype])
-    tokens = _Tokens(
-        x.data_ptr(), bias_at, out.data_ptr(), M, x.stride(0), _TYPES[x.dtype], bias_type
-    )
-    _check(
-        library.functions.flute_multiply(
-            ctypes.byref(c_weight),
-            ctypes.byref(tokens),
-            _variant_of(library),
-            int(exact),
-            library.run,
+    filled = [_weight(weight, weight.scales.contiguous()) for weight in weights]
+    c_weights = (_Weight * len(filled))(*(c_weight for c_weight, _ in filled))
+    dense_biases = [
+        None if b is None else (b if b.dtype in _TYPES else b.float()).contiguous() for b in biases
+    ]
+    results = (_Result * len(filled))()
+    for result, bias in zip(results, dense_biases, strict=True):
+        if bias is not None:
+            result.bias, result.bias_type = bias.data_ptr(), _TYPES[bias.dtype]
+    row_bytes, x_at, stride = x.dtype.itemsize, x.data_ptr(), x.stride(0)
+    for first in range(0, M, MAX_M):
+        for result, out in zip(results, outs, strict=True):
+            result.out = out.data_ptr() + first * out.shape[1] * row_bytes
+        at = x_at + first * stride * row_bytes
+        tokens = _Tokens(at, min(MAX_M, M - first), stride, _TYPES[x.dtype])
+        _check(
+            library.functions.flute_multiply(
+                c_weights,
+                results,
+                len(filled),
+                ctypes.byref(tokens),
+                _variant_of(library),
+                int(exact),
+                library.run,
+            )
         )
-    )
-    return out
+    return outs
 
 
 def _multiply_dense(x: Tensor, weight: PackedWeight, bias: Tensor | None, exact: bool) -> Tensor:

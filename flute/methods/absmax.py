@@ -7,9 +7,10 @@ import warnings
 import torch
 from torch import Tensor
 
+from flute.cpu import quantize as quantize_by_library
 from flute.errors import FormatError
 from flute.format import QuantizedWeight, QuantSpec
-from flute.methods.nearest import nearest_codes
+from flute.methods.nearest import midpoints, nearest_codes
 
 
 def quantize(
@@ -49,6 +50,10 @@ def round_to_table(groups: Tensor, scales: Tensor, table: Tensor) -> Tensor:
         scales: as stored, shape (N, groups).
         table: fp32, shape (1 | N, 2**num_bits).
     """
+    weight = groups.flatten(1)
+    if quantize_by_library.takes(weight):
+        entries, order = table.sort(dim=1, stable=True)
+        return quantize_by_library.nearest(weight, scales, midpoints(entries), order)
     divisor = scales.float().masked_fill(scales == 0, torch.inf)
     return nearest_codes((groups / divisor.unsqueeze(-1)).flatten(1), table)
 

@@ -180,48 +180,22 @@ INLINE void dense(const struct tiles *a, int64_t k, float out[UNIT][TILE], const
   }
 }
 
-#define VARIANT(NAME, BITS)                                                             \
-  static void NAME##BITS(const struct tiles *a, int num_tiles, int tokens, float *sums) { \
-    struct tiles one = *a;                                                              \
-    for (int t = 0; t < num_tiles; t++, sums += tokens * TILE) {                        \
-      if (tokens == 1) NAME(&one, sums, BITS, 1);                                       \
-      else if (tokens == 2) NAME(&one, sums, BITS, 2);                                  \
-      else NAME(&one, sums, BITS, 4);                                                   \
-      one.codes += a->code_bytes;                                                       \
-      one.scales += a->scale_bytes;                                                     \
-    }                                                                                   \
-  }
-VARIANT(fixed, 2)
-VARIANT(fixed, 3)
-VARIANT(fixed, 4)
-VARIANT(exact, 2)
-VARIANT(exact, 3)
-VARIANT(exact, 4)
-
-static void any_fixed(const struct tiles *a, int num_tiles, int tokens, float *sums) {
-  (a->num_bits == 4 ? fixed4 : a->num_bits == 3 ? fixed3 : fixed2)(a, num_tiles, tokens, sums);
-}
-
-static void any_exact(const struct tiles *a, int num_tiles, int tokens, float *sums) {
-  (a->num_bits == 4 ? exact4 : a->num_bits == 3 ? exact3 : exact2)(a, num_tiles, tokens, sums);
-}
-
-static void any_dense(const struct tiles *a, int64_t k, float out[UNIT][TILE]) {
-  if (a->num_bits == 4) dense(a, k, out, 4);
-  else if (a->num_bits == 3) dense(a, k, out, 3);
-  else dense(a, k, out, 2);
-}
+#define MOST_TOKENS 4
+#include "variant.h"
 
 #ifdef __clang__
 #pragma clang attribute pop
 #endif
 
 static int usable(void) {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
+  const uint32_t fma = 1u << 12, avx = 1u << 28, f16c = 1u << 29, avx2 = 1u << 5;
+  return (features(LEAF1_C) & (fma | avx | f16c)) == (fma | avx | f16c) && features(LEAF7_B) & avx2 &&
+         system_saves(0x06);
 }
 
-const struct variant flute_avx2 = {"avx2", usable, 4, 1, any_fixed, any_exact, any_dense};
+const struct variant flute_avx2 = {.name = "avx2", .usable = usable, .max_tokens = MOST_TOKENS, .transposed = 1,
+    .fixed = any_fixed, .exact = any_exact, .dense = any_dense, .token = any_token, .nearest = any_nearest,
+    .halves = NULL};
 #else
 typedef int not_empty;
 #endif

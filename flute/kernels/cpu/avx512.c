@@ -12,10 +12,11 @@
 #endif
 #include <immintrin.h>
 
-#define AHEAD 2048 /* bytes: how far codes are fetched before they are read */
+#define AHEAD 4096 /* bytes: how far codes are fetched before they are read */
+#define MOST_TOKENS 8
 
-INLINE __m512 load_scales(const struct tiles *a, int tile, int64_t group) {
-  const uint8_t *p = a->scales + tile * a->scale_bytes + (size_t)group * TILE * element_bytes(a->scale_type);
+INLINE __m512 load_scales(const struct tiles *a, int64_t group) {
+  const uint8_t *p = a->scales + (size_t)group * TILE * element_bytes(a->scale_type);
   if (a->scale_type == F32) return _mm512_loadu_ps((const float *)p);
   __m256i h = _mm256_loadu_si256((const __m256i *)p);
   if (a->scale_type == F16) return _mm512_cvtph_ps(h);
@@ -45,100 +46,98 @@ INLINE __m512i fixed_table_of(const struct tiles *a, int bits) {
   return _mm512_loadu_si512(entries);
 }
 
-INLINE void fixed(const struct tiles *a, float *sums, const int bits, const int tokens, const int T) {
-  const int chains = tokens <= 2 ? 2 : 1; /* vpdpwssd takes 4 cycles or more: sums in flight */
+/* Why one tile at a time: of two, read in turns, this CPU's prefetchers keep up less well (Zen 4: 23
+   GB/s instead of 28). Sums in flight, since vpdpwssd takes 4 cycles, come from chains. */
+INLINE void fixed(const struct tiles *a, float *sums, const int bits, const int tokens) {
+  const int chains = tokens == 1 ? 4 : tokens == 2 ? 2 : 1;
   const int pairs = bits == 3 ? 5 : bits == 4 ? 4 : 8; /* lookups of a vector */
   const __m512i table = fixed_table_of(a, bits);
   const int64_t blocks = (a->padded_K + a->block - 1) / a->block;
-  __m512 total[2][8];
-  for (int i = 0; i < T * tokens; i++) total[i / tokens][i % tokens] = _mm512_setzero_ps();
-  for (int64_t b = 0; b < blocks; b++) {
-    int64_t first = b * a->block, last = first + a->block;
-    if (last > a->padded_K) last = a->padded_K;
-    __m512i sum[2][8][2];
-    for (int t = 0; t < T; t++)
-      for (int m = 0; m < tokens; m++) sum[t][m][0] = sum[t][m][1] = _mm512_setzero_si512();
-    for (int64_t k = first; k < last; k += UNIT) {
+  const uint8_t *p = a->codes;
+  __m512 total[8], scales = _mm512_setzero_ps();
+  int64_t next = 0, group = 0;
+  for (int m = 0; m < tokens; m++) total[m] = _mm512_setzero_ps();
+  for (int64_t b = 0, k = 0; b < blocks; b++) {
+    const int64_t last = k + a->block < a->padded_K ? k + a->block : a->padded_K;
+    if (k == next) {
+      scales = load_scales(a, group++);
+      next += a->group;
+    }
+    __m512i sum[8][4];
+    for (int m = 0; m < tokens; m++)
+      for (int c = 0; c < chains; c++) sum[m][c] = _mm512_setzero_si512();
+    for (; k < last; k += UNIT, p += 64 * bits) {
       const int16_t *x = a->fixed_x + k;
-      for (int t = 0; t < T; t++) {
-        const uint8_t *p = a->codes + t * a->code_bytes + (size_t)k * 2 * bits;
-        __m512i w[4];
-#pragma GCC unroll 4
-        for (int v = 0; v < bits; v++) {
-          w[v] = _mm512_loadu_si512(p + 64 * v);
-          _mm_prefetch((const char *)p + 64 * v + AHEAD, _MM_HINT_T0);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) { /* codes 2i, 2i + 1 */
-          __m512i index = bits == 3 && i == 15 ? last_codes(w) : w[i / pairs];
-          const int j = i % pairs;
-          if (bits == 2)
-            index = j ? _mm512_srli_epi32(index, 4 * j) : index;
-          else if (j && !(bits == 3 && i == 15))
-            index = _mm512_srli_epi16(index, bits * j);
-          __m512i values = bits == 2 ? _mm512_permutexvar_epi32(index, table)
-                                     : _mm512_permutexvar_epi16(index, table);
-#pragma GCC unroll 8
-          for (int m = 0; m < tokens; m++) {
-            int32_t pair;
-            memcpy(&pair, x + m * a->padded_K + 2 * i, 4);
-            __m512i *s = &sum[t][m][i % chains];
-            *s = _mm512_dpwssd_epi32(*s, values, _mm512_set1_epi32(pair));
-          }
-        }
-      }
-    }
-    for (int t = 0; t < T; t++) {
-      __m512 scales = load_scales(a, t, first / a->group);
-      for (int m = 0; m < tokens; m++) {
-        __m512i s = chains == 2 ? _mm512_add_epi32(sum[t][m][0], sum[t][m][1]) : sum[t][m][0];
-        __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(s), _mm512_set1_ps(a->x_unit[m * blocks + b]));
-        total[t][m] = _mm512_add_ps(total[t][m], _mm512_mul_ps(part, scales));
-      }
-    }
-  }
-  for (int t = 0; t < T; t++)
-    for (int m = 0; m < tokens; m++) _mm512_storeu_ps(sums + (t * tokens + m) * TILE, total[t][m]);
-}
-
-INLINE void exact(const struct tiles *a, float *sums, const int bits, const int tokens, const int T) {
-  float entries[16];
-  for (int i = 0; i < 16; i++) entries[i] = a->table[i & ((1 << bits) - 1)];
-  const __m512 table = _mm512_loadu_ps(entries);
-  __m512 sum[2][8][2], scales[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-  for (int t = 0; t < T; t++)
-    for (int m = 0; m < tokens; m++) sum[t][m][0] = sum[t][m][1] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < a->padded_K; k += UNIT) {
-    const float *x = a->x + k;
-    for (int t = 0; t < T; t++) {
-      const uint8_t *p = a->codes + t * a->code_bytes + (size_t)k * 2 * bits;
       __m512i w[4];
-      if (k % a->group == 0) scales[t] = load_scales(a, t, k / a->group);
 #pragma GCC unroll 4
       for (int v = 0; v < bits; v++) {
         w[v] = _mm512_loadu_si512(p + 64 * v);
+        __asm__("" : "+v"(w[v])); /* else it is loaded again for each shift */
         _mm_prefetch((const char *)p + 64 * v + AHEAD, _MM_HINT_T0);
       }
-#pragma GCC unroll 32
-      for (int i = 0; i < UNIT; i++) {
-        __m512 value = _mm512_permutexvar_ps(code_of(w, bits, i), table);
-        __m512 weight = _mm512_mul_ps(value, scales[t]);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; i++) { /* codes 2i, 2i + 1 */
+        __m512i index = bits == 3 && i == 15 ? last_codes(w) : w[i / pairs];
+        const int j = i % pairs;
+        if (bits == 2)
+          index = j ? _mm512_srli_epi32(index, 4 * j) : index;
+        else if (j && !(bits == 3 && i == 15))
+          index = _mm512_srli_epi16(index, bits * j);
+        __m512i values = bits == 2 ? _mm512_permutexvar_epi32(index, table)
+                                   : _mm512_permutexvar_epi16(index, table);
 #pragma GCC unroll 8
-        for (int m = 0; m < tokens; m++)
-          sum[t][m][i & 1] =
-              _mm512_fmadd_ps(weight, _mm512_set1_ps(x[m * a->padded_K + i]), sum[t][m][i & 1]);
+        for (int m = 0; m < tokens; m++) {
+          int32_t pair;
+          memcpy(&pair, x + m * a->padded_K + 2 * i, 4);
+          __m512i *s = &sum[m][i % chains];
+          *s = _mm512_dpwssd_epi32(*s, values, _mm512_set1_epi32(pair));
+        }
       }
     }
+    for (int m = 0; m < tokens; m++) {
+      __m512i s = sum[m][0];
+      for (int c = 1; c < chains; c++) s = _mm512_add_epi32(s, sum[m][c]);
+      __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(s), _mm512_set1_ps(a->x_unit[m * blocks + b]));
+      total[m] = _mm512_add_ps(total[m], _mm512_mul_ps(part, scales));
+    }
   }
-  for (int t = 0; t < T; t++)
-    for (int m = 0; m < tokens; m++)
-      _mm512_storeu_ps(sums + (t * tokens + m) * TILE, _mm512_add_ps(sum[t][m][0], sum[t][m][1]));
+  for (int m = 0; m < tokens; m++) _mm512_storeu_ps(sums + m * TILE, total[m]);
+}
+
+INLINE void exact(const struct tiles *a, float *sums, const int bits, const int tokens) {
+  float entries[16];
+  for (int i = 0; i < 16; i++) entries[i] = a->table[i & ((1 << bits) - 1)];
+  const __m512 table = _mm512_loadu_ps(entries);
+  const uint8_t *p = a->codes;
+  __m512 sum[8][2], scales = _mm512_setzero_ps();
+  for (int m = 0; m < tokens; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < a->padded_K; k += UNIT, p += 64 * bits) {
+    const float *x = a->x + k;
+    __m512i w[4];
+    if (k % a->group == 0) scales = load_scales(a, k / a->group);
+#pragma GCC unroll 4
+    for (int v = 0; v < bits; v++) {
+      w[v] = _mm512_loadu_si512(p + 64 * v);
+      _mm_prefetch((const char *)p + 64 * v + AHEAD, _MM_HINT_T0);
+    }
+#pragma GCC unroll 32
+    for (int i = 0; i < UNIT; i++) {
+      __m512 value = _mm512_permutexvar_ps(code_of(w, bits, i), table);
+      __m512 weight = _mm512_mul_ps(value, scales);
+#pragma GCC unroll 8
+      for (int m = 0; m < tokens; m++)
+        sum[m][i & 1] =
+            _mm512_fmadd_ps(weight, _mm512_set1_ps(x[m * a->padded_K + i]), sum[m][i & 1]);
+    }
+  }
+  for (int m = 0; m < tokens; m++)
+    _mm512_storeu_ps(sums + m * TILE, _mm512_add_ps(sum[m][0], sum[m][1]));
 }
 
 INLINE void dense(const struct tiles *a, int64_t k, float out[UNIT][TILE], const int bits) {
   float entries[16];
   for (int i = 0; i < 16; i++) entries[i] = a->table[i & ((1 << bits) - 1)];
-  const __m512 table = _mm512_loadu_ps(entries), scales = load_scales(a, 0, k / a->group);
+  const __m512 table = _mm512_loadu_ps(entries), scales = load_scales(a, k / a->group);
   const uint8_t *p = a->codes + (size_t)k * 2 * bits;
   __m512i w[4];
   for (int v = 0; v < bits; v++) w[v] = _mm512_loadu_si512(p + 64 * v);
@@ -147,52 +146,105 @@ INLINE void dense(const struct tiles *a, int64_t k, float out[UNIT][TILE], const
     _mm512_storeu_ps(out[i], _mm512_mul_ps(_mm512_permutexvar_ps(code_of(w, bits, i), table), scales));
 }
 
-/* Two tiles at a time for few tokens, to have more sums in flight; results are the same. */
-#define VARIANT(NAME, BITS)                                                             \
-  static void NAME##BITS(const struct tiles *a, int num_tiles, int tokens, float *sums) { \
-    if (num_tiles == 2 && tokens == 1) { NAME(a, sums, BITS, 1, 2); return; }           \
-    if (num_tiles == 2 && tokens == 2) { NAME(a, sums, BITS, 2, 2); return; }           \
-    struct tiles one = *a;                                                              \
-    for (int t = 0; t < num_tiles; t++, sums += tokens * TILE) {                        \
-      if (tokens == 1) NAME(&one, sums, BITS, 1, 1);                                    \
-      else if (tokens == 2) NAME(&one, sums, BITS, 2, 1);                               \
-      else if (tokens == 4) NAME(&one, sums, BITS, 4, 1);                               \
-      else NAME(&one, sums, BITS, 8, 1);                                                \
-      one.codes += a->code_bytes;                                                       \
-      one.scales += a->scale_bytes;                                                     \
-    }                                                                                   \
+/* Turn 16 x 16 words: word c of v[r] becomes word r of v[c]. */
+INLINE void turn(__m512i v[16]) {
+  __m512i w[16];
+  for (int i = 0; i < 16; i += 2) {
+    w[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    w[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
   }
-VARIANT(fixed, 2)
-VARIANT(fixed, 3)
-VARIANT(fixed, 4)
-VARIANT(exact, 2)
-VARIANT(exact, 3)
-VARIANT(exact, 4)
-
-static void any_fixed(const struct tiles *a, int num_tiles, int tokens, float *sums) {
-  (a->num_bits == 4 ? fixed4 : a->num_bits == 3 ? fixed3 : fixed2)(a, num_tiles, tokens, sums);
+  for (int i = 0; i < 16; i += 4) /* v[i + c]: words 4q + c of vectors i .. i + 3, q a quarter */
+    for (int h = 0; h < 2; h++) {
+      v[i + 2 * h] = _mm512_unpacklo_epi64(w[i + h], w[i + 2 + h]);
+      v[i + 2 * h + 1] = _mm512_unpackhi_epi64(w[i + h], w[i + 2 + h]);
+    }
+  for (int c = 0; c < 4; c++) {
+    __m512i a = _mm512_shuffle_i32x4(v[c], v[4 + c], 0x88), b = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0x88);
+    __m512i d = _mm512_shuffle_i32x4(v[c], v[4 + c], 0xDD), e = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0xDD);
+    w[c] = _mm512_shuffle_i32x4(a, b, 0x88);
+    w[8 + c] = _mm512_shuffle_i32x4(a, b, 0xDD);
+    w[4 + c] = _mm512_shuffle_i32x4(d, e, 0x88);
+    w[12 + c] = _mm512_shuffle_i32x4(d, e, 0xDD);
+  }
+  for (int i = 0; i < 16; i++) v[i] = w[i];
 }
 
-static void any_exact(const struct tiles *a, int num_tiles, int tokens, float *sums) {
-  (a->num_bits == 4 ? exact4 : a->num_bits == 3 ? exact3 : exact2)(a, num_tiles, tokens, sums);
+/* entry * scale of a row, rounded to 16 bits; weights are no NaN, so rounding to bf16 is an addition. */
+INLINE __m256i half_table(__m512 table, float scale, int type) {
+  __m512 values = _mm512_mul_ps(table, _mm512_set1_ps(scale));
+  if (type == F16) return _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512i u = _mm512_castps_si512(values), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  u = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(u, 16));
 }
 
-static void any_dense(const struct tiles *a, int64_t k, float out[UNIT][TILE]) {
-  if (a->num_bits == 4) dense(a, k, out, 4);
-  else if (a->num_bits == 3) dense(a, k, out, 3);
-  else dense(a, k, out, 2);
+/* Four units at a time: their words are turned, so that a vector holds those of a row, and each unit
+   of it becomes 32 codes by a permutation of half words and a shift. A table of the row's products
+   with its scale, made once for a group, turns them into weights. */
+INLINE void halves(const struct tiles *a, int rows, int type, uint16_t *out, const int bits) {
+  uint16_t half[32], shift[32], tables[4][TILE][16];
+  float entries[16], scales[TILE];
+  for (int k = 0; k < UNIT; k++) {
+    const int codes = bits == 4 ? 8 : bits == 3 ? 10 : 16, j = k % codes; /* of a word */
+    half[k] = (uint16_t)(bits == 2 ? 2 * (k / codes) + j / 8 : 2 * (k / codes) + (k & 1));
+    shift[k] = (uint16_t)(bits == 2 ? 2 * (j % 8) : k == 30 || k == 31 ? (bits == 3 ? 0 : 12) : bits * (j / 2));
+  }
+  for (int i = 0; i < 16; i++) entries[i] = a->table[i & ((1 << bits) - 1)];
+  const __m512i shifts = _mm512_loadu_si512(shift), first = _mm512_loadu_si512(half);
+  const __m512 table = _mm512_loadu_ps(entries);
+  const uint8_t *p = a->codes;
+  int64_t next = 0, group = 0;
+  int slot = 3;
+  for (int64_t k = 0; k < a->padded_K; k += 4 * UNIT) {
+    const int units = a->padded_K - k < 4 * UNIT ? (int)(a->padded_K - k) / UNIT : 4;
+    __m512i v[16];
+    int slots[4];
+    for (int u = 0; u < units; u++, p += 64 * bits) {
+      for (int i = 0; i < 4; i++)
+        v[4 * u + i] = i < bits ? _mm512_loadu_si512(p + 64 * i) : _mm512_setzero_si512();
+      if (bits == 3) v[4 * u + 3] = last_codes(v + 4 * u);
+      if (k + u * UNIT == next) {
+        slot = (slot + 1) % 4;
+        next += a->group;
+        _mm512_storeu_ps(scales, load_scales(a, group++));
+        for (int r = 0; r < rows; r++)
+          _mm256_storeu_si256((__m256i *)tables[slot][r], half_table(table, scales[r], type));
+      }
+      slots[u] = slot;
+    }
+    for (int i = 4 * units; i < 16; i++) v[i] = _mm512_setzero_si512();
+    turn(v);
+    for (int r = 0; r < rows; r++)
+      for (int u = 0; u < units; u++) {
+        const int64_t at = k + u * UNIT, left = a->K - at;
+        __m512i index = _mm512_permutexvar_epi16(_mm512_add_epi16(first, _mm512_set1_epi16((short)(8 * u))), v[r]);
+        __m512i values = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)tables[slots[u]][r]));
+        values = _mm512_permutexvar_epi16(_mm512_srlv_epi16(index, shifts), values);
+        _mm512_mask_storeu_epi16(out + r * a->K + at, left >= UNIT ? ~0u : (1u << left) - 1, values);
+      }
+  }
 }
+
+static void any_halves(const struct tiles *a, int rows, int type, uint16_t *out) {
+  if (a->num_bits == 4) halves(a, rows, type, out, 4);
+  else if (a->num_bits == 3) halves(a, rows, type, out, 3);
+  else halves(a, rows, type, out, 2);
+}
+
+#include "variant.h"
 
 #ifdef __clang__
 #pragma clang attribute pop
 #endif
 
 static int usable(void) {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  const uint32_t f = 1u << 16, bw = 1u << 30, vl = 1u << 31, vnni = 1u << 11;
+  return (features(LEAF7_B) & (f | bw | vl)) == (f | bw | vl) && features(LEAF7_C) & vnni && system_saves(0xE6);
 }
 
-const struct variant flute_avx512 = {"avx512", usable, 8, 0, any_fixed, any_exact, any_dense};
+const struct variant flute_avx512 = {.name = "avx512", .usable = usable, .max_tokens = MOST_TOKENS, .transposed = 0,
+    .fixed = any_fixed, .exact = any_exact, .dense = any_dense, .token = any_token, .nearest = any_nearest,
+    .halves = any_halves};
 #else
 typedef int not_empty;
 #endif

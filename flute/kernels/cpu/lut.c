@@ -1,4 +1,4 @@
-/* Entry points: a product of up to 8 tokens, in fixed point or exact, and which variants run here. */
+/* Entry points: products of up to 32 tokens, in fixed point or exact, and which variants run here. */
 #include "lut.h"
 
 #include <math.h>
@@ -21,16 +21,25 @@ const char *flute_variant_name(int i) { return i < NUM_VARIANTS ? flute_variants
 /* Whether this CPU has the instructions of a variant. */
 int flute_variant_usable(int i) { return i >= 0 && i < NUM_VARIANTS && flute_variants[i]->usable(); }
 
-struct product {
-  const struct weight *w;
+/* What the products of one call share. */
+struct call {
   const struct tokens *t;
   const struct variant *v;
+  struct product *products;
+  int count;
+  int fits[MAX_CALL]; /* whether a token may go by fixed point */
+  int any_fit, all_fit;
+};
+
+struct product {
+  const struct call *call;
+  const struct weight *w;
+  const struct result *r;
   struct tiles tiles;
+  int64_t start;        /* its first tile, or row, among those of all products */
   float *tables;        /* (num_tables, 16), rounded to the type of x */
   int16_t *fixed;       /* (num_tables, 16) */
   float *table_unit;    /* (num_tables,); negative: this table must go by the exact path */
-  int fits[MAX_TOKENS]; /* whether a token may go by fixed point */
-  int any_fit, all_fit;
 };
 
 /* A table in fixed point: whether its rounding, weighed by how often each code occurs, is small. */
@@ -67,55 +76,9 @@ static void order_x(int16_t *x, int num_bits) {
     x[i] = num_bits == 4 ? unit[i / 8 * 8 + four[i % 8]] : unit[i / 16 * 16 + i % 4 * 4 + i % 16 / 4];
 }
 
-/* Convert a token to fp32 and to fixed point; returns whether fixed point holds it. */
-static int prepare_token(const struct product *p, int64_t m, float *x, int16_t *fixed, float *unit) {
-  const struct tiles *a = &p->tiles;
-  const char *from = (const char *)p->t->x + (size_t)(m * p->t->x_stride) * element_bytes(p->t->x_type);
-  const float limit = (float)(TABLE_LIMIT * BUDGET / a->block);
-  double lost = 0, norm = 0;
-  int fits = 1;
-  if (p->t->x_type == F32) memcpy(x, from, (size_t)a->K * 4);
-  else if (p->t->x_type == BF16)
-    for (int64_t k = 0; k < a->K; k++) x[k] = load(from, k, BF16);
-  else
-    for (int64_t k = 0; k < a->K; k++) x[k] = load(from, k, F16);
-  for (int64_t first = 0, b = 0; first < a->padded_K; first += a->block, b++) {
-    int64_t length = a->padded_K - first < a->block ? a->padded_K - first : a->block;
-    const float *in = x + first;
-    int32_t bits[16] = {0}, largest_bits = 0;
-    for (int64_t i = 0; i < length; i += 16)
-      for (int j = 0; j < 16; j++) {
-        int32_t now;
-        memcpy(&now, in + i + j, 4);
-        now &= 0x7FFFFFFF;
-        bits[j] = now > bits[j] ? now : bits[j];
-      }
-    for (int j = 0; j < 16; j++) largest_bits = bits[j] > largest_bits ? bits[j] : largest_bits;
-    float largest = from_bits((uint32_t)largest_bits);
-    unit[b] = 0;
-    if (largest == 0) continue; /* fixed is zero already */
-    if (!(largest >= 0x1p-90f && largest <= 0x1p100f)) { fits = 0; continue; } /* NaN too */
-    float inverse = limit / largest, errors[16] = {0}, squares[16] = {0};
-    unit[b] = largest / limit;
-    for (int64_t i = 0; i < length; i += 16)
-      for (int j = 0; j < 16; j++) {
-        float v = in[i + j] * inverse, q = (v + 12582912.0f) - 12582912.0f; /* 1.5 * 2^23: rounds */
-        fixed[first + i + j] = (int16_t)q;
-        errors[j] += (v - q) * (v - q);
-        squares[j] += v * v;
-      }
-    double u = unit[b];
-    for (int j = 0; j < 16; j++) {
-      lost += u * u * errors[j];
-      norm += u * u * squares[j];
-    }
-  }
-  return fits && lost <= TOKEN_TOLERANCE * TOKEN_TOLERANCE * norm;
-}
-
 static void finish(const struct product *p, int64_t m, int64_t n, float sum) {
-  if (p->t->bias) sum += load(p->t->bias, n, p->t->bias_type);
-  store(p->t->out, m * p->w->N + n, p->t->x_type, sum);
+  if (p->r->bias) sum += load(p->r->bias, n, p->r->bias_type);
+  store(p->r->out, m * p->w->N + n, p->call->t->x_type, sum);
 }
 
 static int64_t table_of_row(const struct weight *w, int64_t n) {
@@ -125,49 +88,34 @@ static int64_t table_of_row(const struct weight *w, int64_t n) {
   return range;
 }
 
-static void multiply_tiles(const struct product *p, int64_t tile, int count, int64_t table) {
+static void multiply_tile(const struct product *p, int64_t tile) {
+  const struct call *c = p->call;
+  const int64_t table = table_of_row(p->w, tile * TILE), M = c->t->M, most = c->v->max_tokens;
   struct tiles a = p->tiles;
-  float sums[2 * MAX_TOKENS * TILE], unit = p->table_unit[table];
+  float sums[MAX_TOKENS * TILE], unit = p->table_unit[table];
   a.codes += (size_t)tile * a.code_bytes;
   a.scales += (size_t)tile * a.scale_bytes;
   a.table = p->tables + 16 * table;
   a.fixed_table = p->fixed + 16 * table;
-  int64_t blocks = (a.padded_K + a.block - 1) / a.block, M = p->t->M;
-  int use_fixed = p->any_fit && unit >= 0;
-  for (int64_t first = 0; first < M; first += p->v->max_tokens) {
-    int now = (int)(M - first < p->v->max_tokens ? M - first : p->v->max_tokens);
+  const int64_t blocks = (a.padded_K + a.block - 1) / a.block;
+  const int use_fixed = c->any_fit && unit >= 0;
+  for (int64_t first = 0; first < M; first += most) {
+    int now = (int)(M - first < most ? M - first : most);
     int tokens = now > 4 ? 8 : now > 2 ? 4 : now; /* those past the last are zero */
     struct tiles part = a;
     part.x += first * a.padded_K;
     part.fixed_x += first * a.padded_K;
     part.x_unit += first * blocks;
     for (int kind = 0; kind < 2; kind++) {
-      if (kind == 0 ? !use_fixed : use_fixed && p->all_fit) continue;
-      (kind == 0 ? p->v->fixed : p->v->exact)(&part, count, tokens, sums);
-      for (int t = 0; t < count; t++)
-        for (int m = 0; m < now; m++) {
-          if ((kind == 0) != (use_fixed && p->fits[first + m])) continue;
-          for (int r = 0; r < TILE && (tile + t) * TILE + r < p->w->N; r++) {
-            float sum = sums[(t * tokens + m) * TILE + r];
-            finish(p, first + m, (tile + t) * TILE + r, kind == 0 ? sum * unit : sum);
-          }
+      if (kind == 0 ? !use_fixed : use_fixed && c->all_fit) continue;
+      (kind == 0 ? c->v->fixed : c->v->exact)(&part, tokens, sums);
+      for (int m = 0; m < now; m++) {
+        if ((kind == 0) != (use_fixed && c->fits[first + m])) continue;
+        for (int r = 0; r < TILE && tile * TILE + r < p->w->N; r++) {
+          float sum = sums[m * TILE + r];
+          finish(p, first + m, tile * TILE + r, kind == 0 ? sum * unit : sum);
         }
-    }
-  }
-}
-
-static void multiply_pairs(int64_t first, int64_t last, void *context) {
-  const struct product *p = context;
-  int64_t num_tiles = (p->w->N + TILE - 1) / TILE;
-  for (int64_t tile = 2 * first; tile < 2 * last && tile < num_tiles; tile += 2) {
-    int64_t table = table_of_row(p->w, tile * TILE);
-    if (tile + 1 == num_tiles) {
-      multiply_tiles(p, tile, 1, table);
-    } else if (table_of_row(p->w, (tile + 1) * TILE) == table) {
-      multiply_tiles(p, tile, 2, table);
-    } else {
-      multiply_tiles(p, tile, 1, table);
-      multiply_tiles(p, tile + 1, 1, table_of_row(p->w, (tile + 1) * TILE));
+      }
     }
   }
 }
@@ -190,11 +138,11 @@ INLINE void multiply_row(const struct product *p, int64_t n, const int num_bits)
   const struct weight *w = p->w;
   const struct tiles *a = &p->tiles;
   const int num_pairs = 1 << 2 * num_bits;
-  int64_t table = table_of_row(w, n), groups = w->K / w->group, M = p->t->M;
+  int64_t table = table_of_row(w, n), groups = w->K / w->group, M = p->call->t->M;
   int64_t blocks = (a->padded_K + a->block - 1) / a->block;
   const uint8_t *row = w->codes + HEADER + (size_t)n * (size_t)(a->padded_K / UNIT) * 4 * num_bits;
   const float *values = p->tables + 16 * table;
-  int use_fixed = p->any_fit && p->table_unit[table] >= 0;
+  int use_fixed = p->call->any_fit && p->table_unit[table] >= 0;
   int16_t fixed_pairs[256][2];
   float pairs[256][2];
   for (int i = 0; i < num_pairs; i++)
@@ -203,8 +151,8 @@ INLINE void multiply_row(const struct product *p, int64_t n, const int num_bits)
       fixed_pairs[i][h] = p->fixed[16 * table + code];
       pairs[i][h] = values[code];
     }
-  float fixed_sum[MAX_TOKENS] = {0}, sum[MAX_TOKENS][16] = {{0}};
-  int use_exact = !(use_fixed && p->all_fit);
+  float fixed_sum[MAX_CALL] = {0}, sum[MAX_CALL][16] = {{0}};
+  int use_exact = !(use_fixed && p->call->all_fit);
   for (int64_t b = 0; b < blocks; b++) {
     int64_t first = b * a->block, length = a->padded_K - first < a->block ? a->padded_K - first : a->block;
     float scale = load(w->scales, n * groups + first / w->group, w->scale_type);
@@ -242,63 +190,91 @@ INLINE void multiply_row(const struct product *p, int64_t n, const int num_bits)
   }
   for (int64_t m = 0; m < M; m++) {
     float total = 0;
-    if (use_fixed && p->fits[m]) total = fixed_sum[m] * p->table_unit[table];
+    if (use_fixed && p->call->fits[m]) total = fixed_sum[m] * p->table_unit[table];
     else
       for (int j = 0; j < 16; j++) total += sum[m][j];
     finish(p, m, n, total);
   }
 }
 
-static void multiply_rows(int64_t first, int64_t last, void *context) {
-  const struct product *p = context;
-  for (int64_t n = first; n < last; n++) {
-    if (p->w->num_bits == 4) multiply_row(p, n, 4);
-    else if (p->w->num_bits == 3) multiply_row(p, n, 3);
-    else multiply_row(p, n, 2);
+/* Multiply tiles [first, last), or rows, of all products. */
+static void multiply_range(int64_t first, int64_t last, void *context) {
+  const struct call *c = context;
+  for (int i = 0; i < c->count; i++) {
+    const struct product *p = c->products + i;
+    const int64_t end = p->start + (p->w->by_rows ? p->w->N : (p->w->N + TILE - 1) / TILE);
+    for (int64_t n = first > p->start ? first : p->start; n < last && n < end; n++) {
+      if (!p->w->by_rows) multiply_tile(p, n - p->start);
+      else if (p->w->num_bits == 4) multiply_row(p, n - p->start, 4);
+      else if (p->w->num_bits == 3) multiply_row(p, n - p->start, 3);
+      else multiply_row(p, n - p->start, 2);
+    }
   }
 }
 
-/* Multiply 1 to 8 tokens. Returns 0; 1: no memory; 2: the thread pool failed. */
-int flute_multiply(const struct weight *w, const struct tokens *t, int variant, int exact, parallel_fn run) {
-  exact |= w->codes[HEADER_EXACT] != 0;
-  struct product p = {.w = w, .t = t, .v = flute_variants[variant]};
-  const int entries = 1 << w->num_bits;
-  const int64_t K = padded(w->K), block = block_of(w->group), blocks = (K + block - 1) / block;
-  const size_t tokens = MAX_TOKENS, T = (size_t)w->num_tables;
-  float *memory = calloc(1, tokens * (size_t)K * 6 + tokens * (size_t)blocks * 4 + T * (64 + 32 + 4));
-  if (!memory) return 1;
-  float *x = memory, *unit = x + tokens * (size_t)K;
-  p.tables = unit + tokens * (size_t)blocks;
-  p.table_unit = p.tables + 16 * T;
-  int16_t *fixed = (int16_t *)(p.table_unit + T);
-  p.fixed = fixed + tokens * (size_t)K;
-  p.tiles = (struct tiles){
-      .codes = w->codes + HEADER, .scales = w->scales, .x = x, .fixed_x = fixed, .x_unit = unit,
-      .code_bytes = (size_t)K / UNIT * 64 * w->num_bits,
-      .scale_bytes = (size_t)(w->K / w->group) * TILE * element_bytes(w->scale_type),
-      .K = w->K, .padded_K = K, .group = w->group, .block = block,
-      .num_bits = w->num_bits, .scale_type = w->scale_type};
-  for (size_t i = 0; i < T; i++) {
+static void round_tables(struct product *p, int type, int exact) {
+  const int entries = 1 << p->w->num_bits;
+  for (int64_t i = 0; i < p->w->num_tables; i++) {
+    float *table = p->tables + 16 * i;
     for (int c = 0; c < entries; c++) {
       uint16_t one[2];
-      store(one, 0, t->x_type, w->tables[i * entries + c]);
-      p.tables[16 * i + c] = load(one, 0, t->x_type);
+      store(one, 0, type, p->w->tables[i * entries + c]);
+      table[c] = load(one, 0, type);
     }
-    if (exact || !fit_table(p.tables + 16 * i, entries, w->codes, p.fixed + 16 * i, p.table_unit + i))
-      p.table_unit[i] = -1;
+    if (exact || p->w->codes[HEADER_EXACT] ||
+        !fit_table(table, entries, p->w->codes, p->fixed + 16 * i, p->table_unit + i))
+      p->table_unit[i] = -1;
   }
-  p.all_fit = 1;
+}
+
+/* Multiply 1 to 32 tokens by 1 to 16 weights of the same K, group, bits and order, each with a result.
+   Returns 0; 1: no memory; 2: the thread pool failed. */
+int flute_multiply(const struct weight *weights, const struct result *results, int count,
+                   const struct tokens *t, int variant, int exact, parallel_fn run) {
+  const struct weight *w = weights;
+  const struct variant *v = flute_variants[variant];
+  const int64_t K = padded(w->K), block = block_of(w->group), blocks = (K + block - 1) / block;
+  const size_t tokens = t->M > 4 ? (size_t)round_up(t->M, 8) : t->M > 2 ? 4 : (size_t)t->M;
+  size_t T = 0;
+  int64_t parts = 0;
+  for (int i = 0; i < count; i++) T += (size_t)weights[i].num_tables;
+  const size_t x_bytes = tokens * (size_t)K * 6 + tokens * (size_t)blocks * 4;
+  float *memory = calloc(1, x_bytes + T * (64 + 32 + 4) + (size_t)count * sizeof(struct product));
+  if (!memory) return 1;
+  struct product *products = (struct product *)memory;
+  float *tables = (float *)(products + count), *table_unit = tables + 16 * T, *x = table_unit + T;
+  float *unit = x + tokens * (size_t)K;
+  int16_t *fixed_x = (int16_t *)(unit + tokens * (size_t)blocks), *fixed = fixed_x + tokens * (size_t)K;
+  struct call call = {.t = t, .v = v, .products = products, .count = count, .all_fit = 1};
+  for (int i = 0; i < count; i++) {
+    w = weights + i;
+    products[i] = (struct product){
+        .call = &call, .w = w, .r = results + i, .start = parts,
+        .tables = tables, .fixed = fixed, .table_unit = table_unit,
+        .tiles = {.codes = w->codes + HEADER, .scales = w->scales, .x = x, .fixed_x = fixed_x, .x_unit = unit,
+                  .code_bytes = (size_t)K / UNIT * 64 * w->num_bits,
+                  .scale_bytes = (size_t)(w->K / w->group) * TILE * element_bytes(w->scale_type),
+                  .K = w->K, .padded_K = K, .group = w->group, .block = block,
+                  .num_bits = w->num_bits, .scale_type = w->scale_type}};
+    round_tables(products + i, t->x_type, exact);
+    parts += w->by_rows ? w->N : (w->N + TILE - 1) / TILE;
+    tables += 16 * w->num_tables;
+    fixed += 16 * w->num_tables;
+    table_unit += w->num_tables;
+  }
+  const size_t size = element_bytes(t->x_type);
   for (int64_t m = 0; m < t->M; m++) {
-    int16_t *row = fixed + m * K;
-    p.fits[m] = prepare_token(&p, m, x + m * K, row, unit + m * blocks) && !exact;
-    p.any_fit |= p.fits[m];
-    p.all_fit &= p.fits[m];
-    if (p.v->transposed && !w->by_rows)
+    int16_t *row = fixed_x + m * K;
+    const char *from = (const char *)t->x + (size_t)(m * t->x_stride) * size;
+    call.fits[m] = v->token(&products->tiles, from, t->x_type, x + m * K, row, unit + m * blocks) && !exact;
+    call.any_fit |= call.fits[m];
+    call.all_fit &= call.fits[m];
+    if (v->transposed && !w->by_rows)
       for (int64_t k = 0; k < K; k += UNIT) order_x(row + k, w->num_bits);
   }
   /* A thread's share is at least 128 K weights, about 10 us, which waking it must not exceed. */
-  int64_t grain = (1 << 17) / (K * (w->by_rows ? 1 : 2 * TILE)) + 1, pairs = (w->N + 2 * TILE - 1) / (2 * TILE);
-  int error = w->by_rows ? run(0, w->N, grain, multiply_rows, &p) : run(0, pairs, grain, multiply_pairs, &p);
+  int64_t grain = (1 << 17) / (K * (w->by_rows ? 1 : TILE)) + 1;
+  int error = run(0, parts, grain, multiply_range, &call);
   free(memory);
   return error ? 2 : 0;
 }

@@ -5,6 +5,8 @@
 
    lut.c    entry points: tokens, rows, threads       order.c    stored order <-> order of kernels
    scalar.c avx2.c avx512.c neon.c    one tile by the instructions of one kind of CPU
+   variant.h    what each of those ends with: instances by bits and tokens, tokens in fixed point
+   quantise.c   nearest entries, and the scales of least squared error
 
    Tile order, for one table, or one per range of whole tiles. 16 rows make a tile; K is padded with
    code 0 to whole units of 32 codes. A unit is num_bits vectors of 16 words, one word a row:
@@ -45,7 +47,8 @@
 #define MAX_BLOCK 64      /* codes of a row that are summed in integers */
 #define BUDGET 128        /* TABLE_LIMIT * TABLE_LIMIT * BUDGET < 2^31 */
 #define TABLE_LIMIT 4095  /* |entry| in fixed point */
-#define MAX_TOKENS 8      /* of one call */
+#define MAX_TOKENS 8      /* that share a decoded weight */
+#define MAX_CALL 32       /* of one call: a tile and their integers stay in the L2 */
 #define HEADER 192        /* bytes before the codes */
 #define HEADER_EXACT 128  /* where among them */
 #define TABLE_TOLERANCE 3e-4 /* relative norm of a table's rounding; nf at 4 bits: 1.9e-4 */
@@ -68,15 +71,19 @@ struct weight {
 
 struct tokens {
   const void *x;     /* (M, K), rows x_stride elements apart */
-  const void *bias;  /* (N,) or NULL */
-  void *out;         /* (M, N), of the type of x */
   int64_t M, x_stride;
-  int32_t x_type, bias_type;
+  int32_t x_type;
 };
 
-/* What a kernel needs to know of its tiles. */
+struct result {
+  const void *bias;  /* (N,) or NULL */
+  void *out;         /* (M, N), of the type of x */
+  int32_t bias_type;
+};
+
+/* What a kernel needs to know of its tile. */
 struct tiles {
-  const uint8_t *codes, *scales;   /* of the first tile */
+  const uint8_t *codes, *scales;   /* of the tile */
   size_t code_bytes, scale_bytes;  /* of a tile */
   const float *table;              /* rounded to the type of x */
   const int16_t *fixed_table;
@@ -90,8 +97,19 @@ struct tiles {
 /* Weights of a tile's unit k / 32, table * scale: out[code of the unit][row]. */
 typedef void (*dense_fn)(const struct tiles *a, int64_t k, float out[UNIT][TILE]);
 
-/* sums[tile][token][row]; tokens is 1, 2, 4 or 8, but at most the variant's max_tokens. */
-typedef void (*tile_fn)(const struct tiles *a, int num_tiles, int tokens, float *sums);
+/* A tile's sums[token][row]; tokens is 1, 2, 4 or 8, but at most the variant's max_tokens. */
+typedef void (*tile_fn)(const struct tiles *a, int tokens, float *sums);
+
+/* A tile's first `rows` rows as 16-bit numbers of `type`, side by side: out[row][k], rows K apart. */
+typedef void (*half_fn)(const struct tiles *a, int rows, int type, uint16_t *out);
+
+/* Convert a token to fp32 and to fixed point; returns whether fixed point holds it. fixed is zero. */
+typedef int (*token_fn)(const struct tiles *a, const void *from, int type, float *x, int16_t *fixed,
+                        float *unit);
+
+/* codes[i] = order[the number of bounds below weight[i] / divisor]; entries - 1 ascending bounds. */
+typedef void (*nearest_fn)(const float *weight, int64_t length, float divisor, const float *bounds,
+                           const uint8_t *order, int entries, uint8_t *codes);
 
 struct variant {
   const char *name;
@@ -99,6 +117,9 @@ struct variant {
   int max_tokens, transposed;  /* transposed: fixed_x is in the order of bytes; see order_x */
   tile_fn fixed, exact;
   dense_fn dense;
+  token_fn token;
+  nearest_fn nearest;
+  half_fn halves;              /* NULL: by `dense` */
 };
 
 extern const struct variant flute_scalar, flute_avx2, flute_avx512, flute_neon;
@@ -171,5 +192,27 @@ static inline void unpack_unit(const uint32_t *words, int num_bits, uint8_t code
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+
+#ifdef FLUTE_X86
+#include <cpuid.h>
+
+enum feature_register { LEAF1_C, LEAF7_B, LEAF7_C };
+
+/* A register of features; Intel's manual, CPUID. Why not __builtin_cpu_supports: what it reads is
+   filled by a part of the compiler's runtime, which zig's lacks: all is absent then. */
+static inline uint32_t features(enum feature_register which) {
+  uint32_t a, b, c, d;
+  if (!__get_cpuid_count(which == LEAF1_C ? 1 : 7, 0, &a, &b, &c, &d)) return 0;
+  return which == LEAF7_B ? b : c;
+}
+
+/* Whether the system saves these registers when it switches threads: bits of XCR0. */
+static inline int system_saves(uint32_t registers) {
+  uint32_t low, high;
+  if (!(features(LEAF1_C) >> 27 & 1)) return 0; /* no XGETBV */
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & registers) == registers;
+}
+#endif
 
 #endif

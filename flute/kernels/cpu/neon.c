@@ -99,36 +99,24 @@ INLINE void fixed(const struct tiles *a, float *sums, const int bits, const int 
     for (int m = 0; m < tokens; m++) vst1q_f32(sums + m * TILE + 4 * quarter, total[quarter][m]);
 }
 
-#define VARIANT(BITS)                                                                   \
-  static void fixed##BITS(const struct tiles *a, int num_tiles, int tokens, float *sums) { \
-    struct tiles one = *a;                                                              \
-    for (int t = 0; t < num_tiles; t++, sums += tokens * TILE) {                        \
-      if (tokens == 1) fixed(&one, sums, BITS, 1);                                      \
-      else if (tokens == 2) fixed(&one, sums, BITS, 2);                                 \
-      else fixed(&one, sums, BITS, 4);                                                  \
-      one.codes += a->code_bytes;                                                       \
-      one.scales += a->scale_bytes;                                                     \
-    }                                                                                   \
-  }
-VARIANT(2)
-VARIANT(3)
-VARIANT(4)
-
-static void any_fixed(const struct tiles *a, int num_tiles, int tokens, float *sums) {
-  (a->num_bits == 4 ? fixed4 : a->num_bits == 3 ? fixed3 : fixed2)(a, num_tiles, tokens, sums);
+INLINE void exact(const struct tiles *a, float *sums, const int bits, const int tokens) {
+  (void)bits;
+  flute_scalar.exact(a, tokens, sums);
 }
 
-static void exact(const struct tiles *a, int num_tiles, int tokens, float *sums) {
-  flute_scalar.exact(a, num_tiles, tokens, sums);
-}
-
-static void dense(const struct tiles *a, int64_t k, float out[UNIT][TILE]) {
+INLINE void dense(const struct tiles *a, int64_t k, float out[UNIT][TILE], const int bits) {
+  (void)bits;
   flute_scalar.dense(a, k, out);
 }
 
+#define MOST_TOKENS 4
+#include "variant.h"
+
 static int usable(void) { return 1; }
 
-const struct variant flute_neon = {"neon", usable, 4, 1, any_fixed, exact, dense};
+const struct variant flute_neon = {.name = "neon", .usable = usable, .max_tokens = MOST_TOKENS, .transposed = 1,
+    .fixed = any_fixed, .exact = any_exact, .dense = any_dense, .token = any_token, .nearest = any_nearest,
+    .halves = NULL};
 #else
 typedef int not_empty;
 #endif
