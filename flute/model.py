@@ -28,11 +28,14 @@ from flute.methods import (
     METHODS,
     check_table_scope,
     check_weight,
+    fits_table,
     quantize_calibrated,
     resolve_table,
+    table_for,
 )
+from flute.methods.fit import sample_rows
 from flute.reference import dequantize
-from flute.tables import TABLES, TableLike
+from flute.tables import FAMILIES, TableLike
 
 ROUTER_NAMES = ("gate", "router", "shared_expert_gate", "wg")
 """Last components of the names of MoE routers: tiny, and every token's path hangs on them."""
@@ -71,7 +74,7 @@ class QuantizeOptions:
             raise FormatError(f"`skip` is {self.skip!r}; expected a list of patterns.")
         object.__setattr__(self, "skip", tuple(self.skip))
         CheckpointConfig(self.num_bits, self.group_size)
-        resolve_table(self.method, self.table, self.num_bits)
+        resolve_table(self.method, self.table, self.num_bits, self.group_size)
         check_table_scope(self.method, self.table_scope)
         if self.scale_dtype not in (None, *SCALE_DTYPES):
             raise FormatError(
@@ -82,12 +85,11 @@ class QuantizeOptions:
     @property
     def table_name(self) -> str:
         """The table's family, or "custom"."""
-        if self.method in TABLES:
+        if self.method in FAMILIES:
             return self.method
-        fitted = self.method == "lnq" or (self.method in CALIBRATED and self.table is None)
-        name = "custom" if fitted else "nf" if self.table is None else self.table
+        name = "custom" if fits_table(self.method, self.table) else self.table
         family = name.removesuffix(str(self.num_bits)) if isinstance(name, str) else ""
-        return family if family in TABLES else "custom"
+        return family if family in FAMILIES else "custom"
 
 
 @dataclass(frozen=True)
@@ -259,7 +261,7 @@ def quantize_weight(
         weight: fp16, bf16 or fp32, shape (N, K).
         name: full module name; messages carry it, overrides are looked up by it.
         config: from `plan_model`.
-        table: as in `QuantizeOptions`.
+        table: as in `QuantizeOptions`; None fits one to these rows if the method does so.
         first_row: where these rows start in the whole weight, for messages.
 
     Raises:
@@ -272,8 +274,8 @@ def quantize_weight(
         )
     check_weight(weight, f"{name}.weight", first_row)
     spec = config.spec_of(name)
-    entries = resolve_table(config.method, table, spec.num_bits).to(weight.device)
     dense, scale_dtype = weight.detach().float().contiguous(), SCALE_DTYPES[config.scale_dtype]
+    entries = table_for(config.method, dense[sample_rows(*dense.shape)], spec, table)
     try:
         return METHODS[config.method](dense, spec, entries, scale_dtype)
     except FormatError as error:
@@ -306,13 +308,13 @@ def quantize_block(
         check_weight(weight, f"{name}.weight")
         given = None
         if table is not None:
-            given = resolve_table(config.method, table, spec.num_bits).to(weight.device)
+            given = resolve_table(config.method, table, spec.num_bits, spec.group_size)
         try:
             return quantize_calibrated(
                 weight.detach().float().contiguous(),
                 hessians[name],
                 spec,
-                given,
+                None if given is None else given.to(weight.device),
                 SCALE_DTYPES[config.scale_dtype],
                 method=config.method,
                 per_row=config.table_scope == "row",

@@ -23,7 +23,8 @@ from flute.checkpoint import CheckpointReader, tensor_bytes
 from flute.errors import CheckpointError, FormatError, UnsupportedProblemError
 from flute.format import SCALE_DTYPES, CheckpointConfig, QuantSpec
 from flute.layerwise import CheckpointWalk
-from flute.methods import check_finite
+from flute.methods import check_finite, fits_table, table_for
+from flute.methods.fit import sample_rows
 from flute.model import (
     ModelPlan,
     QuantizeOptions,
@@ -273,11 +274,17 @@ def _quantize_rows(
     N, K = reader.shape(name)
     rows = max(1, _BLOCK_WEIGHTS // K)
     num_bits = config.spec_of(module).num_bits
+    table = options.table
+    if fits_table(config.method, table):
+        picked = sample_rows(N, K)
+        parts = [(0, N)] if len(picked) == N else [(row, row + 1) for row in picked]
+        sample = torch.cat([reader.rows(name, *part) for part in parts]).to(device)
+        table = table_for(config.method, sample, config.spec_of(module), table)
+    whole = table
     for start in range(0, N, rows):
         stop = min(start + rows, N)
-        table = options.table
-        if config.table_scope == "row" and table is not None:
-            table = get_table(table, num_bits)[start:stop]
+        if config.table_scope == "row" and whole is not None:
+            table = get_table(whole, num_bits)[start:stop]
         block = reader.rows(name, start, stop).to(device)
         weight = quantize_weight(block, module, config, table, first_row=start)
         yield f"{layer}.codes", pack_codes(weight.codes, num_bits)
@@ -320,7 +327,7 @@ def fingerprint(reader: CheckpointReader) -> dict[str, Any]:
 def _table_values(options: QuantizeOptions) -> Any:
     if options.table is None:
         return None
-    return get_table(options.table, options.num_bits).tolist()
+    return get_table(options.table, options.num_bits, options.group_size).tolist()
 
 
 def model_config_json(source: Mapping[str, Any], config: CheckpointConfig) -> bytes:

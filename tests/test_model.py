@@ -66,7 +66,7 @@ def test_plan_of_a_transformer(kind):
     plan = plan_model(tiny_model(kind), QuantizeOptions())
     assert plan.shapes == all_layers()
     assert plan.dense == {"lm_head": "output head"}
-    assert plan.config == CheckpointConfig(modules_to_not_convert=("lm_head",))
+    assert plan.config == CheckpointConfig(table="custom", modules_to_not_convert=("lm_head",))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -290,7 +290,8 @@ def test_scales_take_the_models_own_dtype(dtype, asked, expected):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({}, "nf"),
+        ({}, "custom"),
+        ({"method": "bof-s"}, "bof-s"),
         ({"table": "nf4"}, "nf"),
         ({"table": "int"}, "int"),
         ({"method": "fp"}, "fp"),

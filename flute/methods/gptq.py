@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flute.format import WHOLE_ROW, QuantizedWeight, QuantSpec
 from flute.methods.absmax import storable_scales
-from flute.methods.fit import fit_table
+from flute.methods.fit import fit_table, sample_rows
 from flute.methods.hessian import DAMPING, check_hessian, factored
 from flute.methods.mse import group_scales
 from flute.methods.nearest import midpoints
@@ -64,8 +64,8 @@ def quantize(
     check_hessian(hessian, K)
     length = spec.group_length(K)
     if table is None:
-        start = get_table("nf", spec.num_bits).to(weight.device)
-        table = fit_table(weight, spec, start, hessian.diagonal())
+        start = get_table("bof-s", spec.num_bits, spec.group_size).to(weight.device)
+        table = fit_table(weight[sample_rows(N, K)], spec, start, hessian.diagonal())
     order, group_order = _column_order(hessian, length, reorder)
     _, upper = factored(hessian[order][:, order], damping)
     entries, code_of_rank = table.sort(dim=1, stable=True)
