@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from flute.architecture import match_names, meta_model, missing_parameters
+from flute.blockwise import quantize_weight
 from flute.checkpoint import CheckpointReader, tensor_bytes
 from flute.errors import CheckpointError, FormatError, UnsupportedProblemError
 from flute.format import SCALE_DTYPES, CheckpointConfig, QuantSpec
@@ -30,7 +31,6 @@ from flute.model import (
     QuantizeOptions,
     check_calibration,
     plan_model,
-    quantize_weight,
 )
 from flute.pack import pack_codes
 from flute.tables import get_table
@@ -113,6 +113,8 @@ def quantize_checkpoint(
         layers, model_plan = plan.layers, plan.model_plan
         walk = CheckpointWalk(reader, model_plan, layers, options, calibration, place, staging)
         job = {"calibration": f"{zlib.crc32(tensor_bytes(calibration)):08x}"}
+        if options.learn is not None:
+            job["learn"] = str(options.learn)
     side_files = read_side_files(reader.directory) | {
         "config.json": model_config_json(reader.config, config),
         "README.md": model_card(str(source), config, len(plan.layers)).encode(),

@@ -14,6 +14,7 @@ from helpers import generator, tiny_model
 from torch import nn
 
 import flute
+from flute.blockwise import quantize_weight
 from flute.errors import FormatError, UnsupportedProblemError
 from flute.format import CheckpointConfig, QuantSpec
 from flute.linear import LutLinear
@@ -24,7 +25,6 @@ from flute.model import (
     matches,
     plan_model,
     quantize_model,
-    quantize_weight,
 )
 
 LLAMA_SHAPES = {

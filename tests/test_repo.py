@@ -31,6 +31,8 @@ LAYERS = (
     ("concat", "cuda", "cpu"),
     ("ops", "operands"),
     ("linear", "tune", "calibration"),
+    ("training",),
+    ("blockwise",),
     ("model", "checkpoint"),
     ("writer", "architecture"),
     ("layerwise",),

@@ -19,14 +19,16 @@ from flute.console import (
 )
 from flute.format import NUM_BITS, SCALE_DTYPES, WHOLE_ROW
 from flute.methods import CALIBRATED, METHODS, TABLE_SCOPES
+from flute.training import STARTS, LearnOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _EPILOG = """\
-The default needs no data: for each group of weights it searches the scale of least squared error.
-gptq and lnq read a calibration text and lose less, most at 3 and 2 bits; lnq takes longest. They
-hold one decoder block in memory. Calibrate on text like that of use, never on the test text.
+The default needs no data: it fits a table to each layer and searches each group's scale for the
+least squared error. gptq, lnq and nfl read a calibration text and lose less, most at 3 and 2 bits;
+lnq takes longest. nfl learns scales by gradients, from the result of another method. They hold one
+decoder block in memory. Calibrate on text like that of use, never on the test text.
 Memory stays bounded by a few blocks of rows, whatever the model's size. A run that was killed goes
 on where it stopped when the same command is repeated. OUT appears only when complete (until then:
 OUT.partial).
@@ -38,6 +40,8 @@ examples:
   flute quantize MODEL OUT --table my-table.json       any 16 numbers of yours
   flute quantize MODEL OUT --bits 3 --method gptq --calibration my-text.txt
   flute quantize MODEL OUT --bits 2 --method lnq --calibration texts/ --table-scope row
+  flute quantize MODEL OUT --bits 3 --method nfl --calibration texts/ --samples 256
+  flute quantize MODEL OUT --bits 2 --method nfl --learn-from lnq --calibration texts/
   flute quantize MODEL OUT --skip '*.layers.0.*'       leave some layers dense
 """
 
@@ -70,13 +74,14 @@ def add_parser(commands: Any) -> None:
         "--method",
         choices=[*METHODS, *CALIBRATED],
         default="mse",
-        help="mse: searched scales (default); nf, int, fp, table: absmax scales; gptq, lnq: error "
-        "feedback and exact updates, with --calibration",
+        help="mse: table and scales of least error (default); nf, int, fp, bof, bof-s, table: "
+        "absmax scales; with --calibration gptq: error feedback, lnq: exact updates, nfl: learned "
+        "scales",
     )
     parser.add_argument(
         "--table",
-        help="int, fp, nf, or a .json, .txt, .npy or .safetensors file of 2**bits numbers "
-        "(default: nf; gptq and lnq fit one to each layer)",
+        help="int, fp, nf, bof, bof-s, or a .json, .txt, .npy or .safetensors file of 2**bits "
+        "numbers (default: one that is fitted to each layer)",
     )
     parser.add_argument(
         "--table-scope",
@@ -84,7 +89,7 @@ def add_parser(commands: Any) -> None:
         default="tensor",
         help="lnq: learn a table per layer (tensor, default) or per output row",
     )
-    calibration = parser.add_argument_group("calibration, for gptq and lnq")
+    calibration = parser.add_argument_group("calibration, for gptq, lnq and nfl")
     calibration.add_argument(
         "--calibration",
         metavar="TEXT",
@@ -103,6 +108,26 @@ def add_parser(commands: Any) -> None:
     )
     calibration.add_argument(
         "--seed", type=int, default=0, metavar="N", help="which pieces of the text (default 0)"
+    )
+    learning = parser.add_argument_group("learning, for nfl")
+    learning.add_argument(
+        "--learn-from",
+        choices=STARTS,
+        help="method to start from (default mse; nf is the original's way); of gptq and lnq the "
+        "codes are kept",
+    )
+    learning.add_argument("--learn-tables", action="store_true", help="learn the tables too")
+    learning.add_argument(
+        "--steps", type=int, metavar="N", help="per block (default: each sample is seen once)"
+    )
+    learning.add_argument(
+        "--batch", type=int, metavar="N", help=f"samples per step (default {LearnOptions.batch})"
+    )
+    learning.add_argument(
+        "--learning-rate",
+        type=float,
+        metavar="X",
+        help=f"relative change of a scale per step (default {LearnOptions.learning_rate:g})",
     )
     parser.add_argument(
         "--scale-dtype", choices=list(SCALE_DTYPES), help="default: the model's own 16-bit dtype"
@@ -123,6 +148,19 @@ def add_parser(commands: Any) -> None:
 
 def _group_size(text: str) -> int:
     return WHOLE_ROW if text == "row" else int(text)
+
+
+def _learn_options(args: argparse.Namespace) -> LearnOptions | None:
+    """What was said of learning; None if nothing was."""
+    given = {
+        "start": args.learn_from,
+        "steps": args.steps,
+        "batch": args.batch,
+        "learning_rate": args.learning_rate,
+        "tables": args.learn_tables or None,
+    }
+    said = {key: value for key, value in given.items() if value is not None}
+    return LearnOptions(**said) if said else None
 
 
 def _windows(args: argparse.Namespace) -> Tensor:
@@ -150,6 +188,7 @@ def run(args: argparse.Namespace) -> int:
         args.scale_dtype,
         args.skip,
         args.table_scope,
+        _learn_options(args),
     )
     check_calibration(args.method, args.calibration)
     start = time.perf_counter()

@@ -30,13 +30,14 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
+from flute.blockwise import quantize_weight
 from flute.checkpoint import CHECKSUM_METADATA, tensor_bytes, verify_checksums
 from flute.errors import FluteError, FormatError
 from flute.format import CheckpointConfig
 from flute.integrations.huggingface_checks import check_filled, check_headers, read_headers
 from flute.integrations.huggingface_config import FluteConfig
 from flute.linear import LutLinear
-from flute.model import empty_lut_linear, plan_model, quantize_weight
+from flute.model import empty_lut_linear, plan_model
 from flute.pack import pack_codes
 from flute.prepare import prepare
 

@@ -2,7 +2,8 @@
 
 Each has the signature ``quantize(weight, spec, table, scale_dtype) -> QuantizedWeight`` and works
 row by row, so a matrix may be quantised in blocks of rows. Methods that need calibration are in
-CALIBRATED: they take the Hessian of the layer's inputs after the weight, and the whole matrix.
+CALIBRATED; those in BY_HESSIAN take the Hessian of the layer's inputs after the weight, and the
+whole matrix.
 """
 
 from __future__ import annotations
@@ -34,9 +35,12 @@ otherwise; "nf", "int", "fp", "bof" and "bof-s" are absmax rounding to that fami
 table of yours."""
 
 
-CALIBRATED = ("gptq", "lnq")
+BY_HESSIAN = ("gptq", "lnq")
 """Methods that need the Hessian of a layer's inputs: error feedback, and alternating exact updates.
 Without a table of the user's they fit one to the weight."""
+CALIBRATED = (*BY_HESSIAN, "nfl")
+"""Methods that need calibration text. "nfl" learns scales with a whole decoder block at a time
+(`flute.training`), so that there is no function of one matrix for it here."""
 
 TABLE_SCOPES = ("tensor", "row")
 
@@ -146,10 +150,15 @@ def quantize(
     if scale_dtype not in SCALE_DTYPES.values():
         raise FormatError(f"`scale_dtype` is {scale_dtype}; expected float16, bfloat16 or float32.")
     dense = weight.detach().float().contiguous()
-    if method not in CALIBRATED:
+    if method not in BY_HESSIAN:
+        if method in CALIBRATED:
+            raise FormatError(
+                f"method={method!r} learns on text, with whole blocks of a model: use "
+                "`flute.quantize_model(model, ..., calibration=windows)`."
+            )
         if hessian is not None:
             raise FormatError(
-                f"method={method!r} uses no `hessian`: drop it, or use one of {CALIBRATED}."
+                f"method={method!r} uses no `hessian`: drop it, or use one of {BY_HESSIAN}."
             )
         if fits_table(method, table):
             entries = table_for(method, dense[sample_rows(*dense.shape)], spec, table)
@@ -174,8 +183,9 @@ def quantize_calibrated(
     *,
     method: str,
     per_row: bool = False,
+    name: str = "the layer",
 ) -> QuantizedWeight:
-    """Quantise one matrix by a method in CALIBRATED.
+    """Quantise one matrix by a method in BY_HESSIAN.
 
     Args:
         weight: fp32, finite, shape (N, K).
@@ -185,13 +195,14 @@ def quantize_calibrated(
         scale_dtype: dtype of the scales.
         method: "gptq" or "lnq".
         per_row: "lnq" learns a table for each row.
+        name: of the layer, for warnings.
 
     Raises:
         FormatError: a Hessian of another shape, with NaN or Inf, or that cannot be factored.
     """
     if method == "lnq":
-        return lnq.quantize(weight, hessian, spec, table, scale_dtype, per_row=per_row)
-    return gptq.quantize(weight, hessian, spec, table, scale_dtype)
+        return lnq.quantize(weight, hessian, spec, table, scale_dtype, per_row=per_row, name=name)
+    return gptq.quantize(weight, hessian, spec, table, scale_dtype, name=name)
 
 
 def check_table_scope(method: str, table_scope: str) -> None:
@@ -204,8 +215,8 @@ def check_table_scope(method: str, table_scope: str) -> None:
         raise FormatError(f"`table_scope` is {table_scope!r}; expected one of {TABLE_SCOPES}.")
     if table_scope == "row" and method != "lnq":
         raise FormatError(
-            f"`table_scope` is 'row'; only 'lnq' learns a table per row, and `method` is "
-            f"{method!r}. Other methods take such tables as `table`."
+            f"`table_scope` is 'row'; only 'lnq' learns a table per row (or 'nfl' that starts from "
+            f"it), and `method` is {method!r}. Other methods take such tables as `table`."
         )
 
 

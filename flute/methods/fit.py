@@ -10,6 +10,9 @@ Each step lowers sum h (w - s c)^2; it is Lloyd's algorithm with a scale per gro
 
 from __future__ import annotations
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
@@ -45,6 +48,15 @@ def fit_table(
 
     Reference: Lloyd 1982 for a fixed scale; Blumenberg et al. 2025, arXiv 2505.06653, for blocks.
     """
+    fit = functools.partial(_alternate, weight, spec, start, importance)
+    if weight.device.type != "cpu" or torch.get_num_threads() == 1:
+        return fit()
+    # Why: torch's threads meet after each of these small steps, and wait where others hold a core.
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return pool.submit(fit).result()
+
+
+def _alternate(weight: Tensor, spec: QuantSpec, start: Tensor, importance: Tensor | None) -> Tensor:
     N, K = weight.shape
     length = spec.group_length(K)
     largest = weight.abs().max()  # in units of it, squares neither overflow nor vanish
