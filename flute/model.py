@@ -48,6 +48,8 @@ class QuantizeOptions:
         skip: patterns of layer names to leave dense, such as "lm_head" or "*.layers.0.*".
         table_scope: "row" lets "lnq" learn a table for each row instead of one per matrix.
         learn: how "nfl" learns; None is the defaults of `LearnOptions`.
+        bits_by_layer: full layer name -> bits, of layers that have others than ``num_bits``, such
+            as `flute.mixed.choose_bits` returns.
 
     Raises:
         FormatError: a value out of range, or a table that does not fit.
@@ -61,6 +63,7 @@ class QuantizeOptions:
     skip: tuple[str, ...] = ()
     table_scope: str = "tensor"
     learn: LearnOptions | None = None
+    bits_by_layer: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.skip, str):
@@ -76,6 +79,11 @@ class QuantizeOptions:
             object.__setattr__(self, "learn", self.learn or LearnOptions())
         resolve_table(self.basis, self.table, self.num_bits, self.group_size)
         check_table_scope(self.basis, self.table_scope)
+        if self.bits_by_layer and self.table is not None and self.table_name == "custom":
+            raise FormatError(
+                "A table of your own has entries for one number of bits; layers of several take a "
+                f"family: one of {FAMILIES}."
+            )
         if self.scale_dtype not in (None, *SCALE_DTYPES):
             raise FormatError(
                 f"`scale_dtype` is {self.scale_dtype!r}; expected one of {tuple(SCALE_DTYPES)}, or "
@@ -158,7 +166,7 @@ def plan_model(model: nn.Module, options: QuantizeOptions, prefix: str = "") -> 
         table_scope=_table_scope(options, shapes),
         scale_dtype=options.scale_dtype or _own_scale_dtype(linears[name] for name in shapes),
         modules_to_not_convert=tuple(name for name in linears if name in dense),
-        overrides=_fit_groups(shapes, options.group_size),
+        overrides=_overrides(shapes, options),
     )
     return ModelPlan(config, shapes, dense)
 
@@ -207,6 +215,24 @@ def _kept_in_fp32(model: nn.Module) -> set[str]:
     for kind in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
         names |= set(getattr(model, kind, None) or ())
     return names
+
+
+def _overrides(
+    shapes: Mapping[str, tuple[int, int]], options: QuantizeOptions
+) -> dict[str, dict[str, int]]:
+    """Return the layers that differ from the model's bits or group size, and in what.
+
+    Raises:
+        FormatError: bits for a layer that is not quantised, or a layer that no group fits.
+    """
+    unknown = sorted(set(options.bits_by_layer) - set(shapes))
+    if unknown:
+        raise FormatError(f"`bits_by_layer` names `{unknown[0]}`, which is not quantised.")
+    overrides = _fit_groups(shapes, options.group_size)
+    for name, bits in options.bits_by_layer.items():
+        if bits != options.num_bits:
+            overrides.setdefault(name, {})["num_bits"] = bits
+    return overrides
 
 
 def _fit_groups(

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def quantize_checkpoint(
             job["learn"] = str(options.learn)
     side_files = read_side_files(reader.directory) | {
         "config.json": model_config_json(reader.config, config),
-        "README.md": model_card(str(source), config, len(plan.layers)).encode(),
+        "README.md": model_card(str(source), config, plan.model_plan.shapes).encode(),
     }
     write_checkpoint(
         destination,
@@ -338,9 +339,11 @@ def model_config_json(source: Mapping[str, Any], config: CheckpointConfig) -> by
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def model_card(source: str, config: CheckpointConfig, num_layers: int) -> str:
+def model_card(source: str, config: CheckpointConfig, layers: Collection[str]) -> str:
     """Return the README.md of a quantised checkpoint: what it is and how to load it."""
     group = "the whole row" if config.group_size == -1 else f"groups of {config.group_size}"
+    widths = Counter(config.spec_of(name).num_bits for name in layers)
+    bits = ", ".join(f"{count} at {b}" for b, count in sorted(widths.items()))
     base = f"base_model: {source}\n" if source.count("/") == 1 and not Path(source).exists() else ""
     return f"""---
 library_name: transformers
@@ -350,7 +353,7 @@ tags:
 
 # {Path(source).name}, quantised by FLUTE
 
-{num_layers} linear layers at {config.num_bits} bits, {group}, table `{config.table}`, method
+{len(layers)} linear layers ({bits} bits), {group}, table `{config.table}`, method
 `{config.method}`. Each weight is `table[code] * scale`.
 
 ```python

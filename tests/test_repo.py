@@ -39,6 +39,7 @@ LAYERS = (
     ("stream",),
     ("console", "evaluate", "plot"),
     ("prepare", "divergence"),
+    ("mixed",),
     ("integrations",),
     ("cli",),
 )
