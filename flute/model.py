@@ -25,6 +25,7 @@ from flute.format import GROUP_SIZES, SCALE_DTYPES, WHOLE_ROW, CheckpointConfig,
 from flute.linear import LutLinear
 from flute.methods import CALIBRATED, check_table_scope, fits_table, resolve_table
 from flute.reference import dequantize
+from flute.rotation import rotate_model
 from flute.tables import FAMILIES, TableLike
 from flute.training import LearnOptions
 
@@ -50,6 +51,7 @@ class QuantizeOptions:
         learn: how "nfl" learns; None is the defaults of `LearnOptions`.
         bits_by_layer: full layer name -> bits, of layers that have others than ``num_bits``, such
             as `flute.mixed.choose_bits` returns.
+        hadamard: rotate the model first (`flute.rotation`); it computes the same.
 
     Raises:
         FormatError: a value out of range, or a table that does not fit.
@@ -64,6 +66,7 @@ class QuantizeOptions:
     table_scope: str = "tensor"
     learn: LearnOptions | None = None
     bits_by_layer: Mapping[str, int] = field(default_factory=dict)
+    hadamard: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.skip, str):
@@ -325,8 +328,8 @@ def quantize_model(
         FormatError: as `plan_model` and `quantize_weight`; layers done so far stay quantised.
         CalibrationError: `calibration` is missing or does not fit the model, or the model gives
             NaN.
-        UnsupportedProblemError: as `plan_model`, the model itself is an `nn.Linear`, or a layer to
-            be calibrated is in no decoder block.
+        UnsupportedProblemError: as `plan_model`, the model itself is an `nn.Linear`, a layer to be
+            calibrated is in no decoder block, or a model that `hadamard` cannot rotate.
     """
     request = QuantizeOptions(num_bits, group_size, **options)
     check_calibration(request.method, calibration)
@@ -335,6 +338,8 @@ def quantize_model(
             "`model` is an nn.Linear, which cannot be replaced in place. Use "
             "`LutLinear.from_quantized(flute.quantize(linear.weight), linear.bias)`."
         )
+    if request.hadamard:
+        rotate_model(model)
     plan = plan_model(model, request)
     for name, weight in _quantized_layers(model, plan, request, calibration):
         linear = model.get_submodule(name)

@@ -34,6 +34,7 @@ from flute.model import (
     plan_model,
 )
 from flute.pack import pack_codes
+from flute.rotation import RotatedReader
 from flute.tables import get_table
 from flute.version import __version__
 from flute.writer import (
@@ -108,12 +109,13 @@ def quantize_checkpoint(
     plan = plan_checkpoint(find_source(source, revision), options)
     reader, config = plan.reader, plan.model_plan.config
     check_apart(reader.directory, destination)
-    place, walk, job = torch.device(device), None, {}
+    place, walk = torch.device(device), None
+    job: dict[str, Any] = {"hadamard": True} if options.hadamard else {}
     if calibration is not None:
         staging = staging_folder(destination)
         layers, model_plan = plan.layers, plan.model_plan
         walk = CheckpointWalk(reader, model_plan, layers, options, calibration, place, staging)
-        job = {"calibration": f"{zlib.crc32(tensor_bytes(calibration)):08x}"}
+        job["calibration"] = f"{zlib.crc32(tensor_bytes(calibration)):08x}"
         if options.learn is not None:
             job["learn"] = str(options.learn)
     side_files = read_side_files(reader.directory) | {
@@ -159,7 +161,7 @@ def plan_checkpoint(directory: Path, options: QuantizeOptions) -> CheckpointPlan
         CheckpointError: a weight the architecture needs is not in the files.
         FormatError: a weight has a dtype or shape that does not fit its layer.
     """
-    reader = CheckpointReader(directory)
+    reader = (RotatedReader if options.hadamard else CheckpointReader)(directory)
     quantized = reader.config.get("quantization_config")
     if quantized:
         method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "?"

@@ -100,6 +100,12 @@ def add_parser(commands: Any) -> None:
         default="tensor",
         help="lnq: learn a table per layer (tensor, default) or per output row",
     )
+    parser.add_argument(
+        "--hadamard",
+        action="store_true",
+        help="rotate the model first, which leaves what it computes as it is (Llama, Mistral, "
+        "Qwen2, Qwen3): outliers are spread; a head tied to the embedding gets a weight of its own",
+    )
     calibration = parser.add_argument_group("calibration, for gptq, lnq and nfl")
     calibration.add_argument(
         "--calibration",
@@ -211,8 +217,11 @@ def _choose_bits(
     from flute.cli.loading import load_model
     from flute.mixed import choose_bits, measure_units
     from flute.model import plan_model
+    from flute.rotation import rotate_model
 
     model = load_model(args.model, pick_device(args.device))
+    if options.hadamard:
+        rotate_model(model)
     plan = plan_model(model, options)
     total = sum(N * K for N, K in plan.shapes.values())
     with Bar("measuring layers", "weights", total) as bar:
@@ -237,6 +246,7 @@ def run(args: argparse.Namespace) -> int:
         args.skip,
         args.table_scope,
         _learn_options(args),
+        hadamard=args.hadamard,
     )
     is_mixed = args.bits != base_bits
     if not is_mixed or args.method in CALIBRATED:
