@@ -47,8 +47,8 @@ class LearnOptions:
 
     start: str = "mse"
     steps: int | None = None
-    batch: int = 2
-    learning_rate: float = 1e-3
+    batch: int = 1
+    learning_rate: float = 5e-3
     tables: bool = False
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The rotation: orthogonal, folded in exactly, on disk as in memory, refused where it is not exact."""
+"""The rotation: orthogonal, exact, the same on disk as in memory, else refused."""
 
 from __future__ import annotations
 
@@ -67,18 +67,18 @@ def test_a_rotated_model_computes_the_same(kind, changes):
 
 
 def test_outliers_cost_less_after_rotation():
+    """One wide column in each group takes the others' accuracy; rotated, all count alike."""
     model = tiny_model(dtype=torch.float32)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[:, ::32] *= 20
-    errors = []
-    for rotate in (False, True):
-        if rotate:
-            rotate_model(model)
-        weight = model.model.layers[0].mlp.up_proj.weight.detach()
-        quantized = flute.dequantize(flute.quantize(weight, 3, 32))
-        errors.append(float((quantized - weight).square().sum() / weight.square().sum()))
-    assert errors[1] > errors[0] * 0.2  # both finite, of one order
-    assert errors[1] < 0.035
+    weight = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    error = (flute.dequantize(flute.quantize(weight, 3, 32)) - weight).square()
+    ordinary = [k for k in range(64) if k % 32]
+    assert float(error[:, ordinary].sum() / weight[:, ordinary].square().sum()) > 0.1
+    rotate_model(model)
+    rotated = model.model.layers[0].mlp.up_proj.weight.detach()
+    error = (flute.dequantize(flute.quantize(rotated, 3, 32)) - rotated).square()
+    assert float(error.sum() / rotated.square().sum()) < 0.035
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -119,9 +119,7 @@ def test_the_command(tmp_path, capsys):
 
 def test_other_models_are_refused(tmp_path):
     model = tiny_model("mixtral")
-    with pytest.raises(
-        UnsupportedProblemError, match=r"model_type 'mixtral' exactly; expected one"
-    ):
+    with pytest.raises(UnsupportedProblemError, match="model_type 'mixtral' exactly; expected"):
         rotate_model(model)
     save_tiny(tmp_path / "source")
     edit_tensors(tmp_path / "source", {"model.layers.0.adapter.weight": torch.ones(2, 2)})

@@ -168,7 +168,7 @@ def test_a_killed_run_goes_on_and_ends_byte_for_byte(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         ({"start": "int"}, "`start` is 'int'; expected one of ('mse', 'nf', 'gptq', 'lnq')"),
-        ({"steps": 0}, "`steps` is 0 and `batch` is 2; expected at least 1."),
+        ({"steps": 0}, "`steps` is 0 and `batch` is 1; expected at least 1."),
         ({"learning_rate": 2.0}, "`learning_rate` is 2; expected a number between 0 and 1"),
     ],
 )
