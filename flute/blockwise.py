@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flute.calibration import Block, BlockWalk
+from flute.calibration import Block, BlockWalk, explain_out_of_memory
 from flute.errors import FormatError
 from flute.format import SCALE_DTYPES, CheckpointConfig, QuantizedWeight
 from flute.methods import (
@@ -129,17 +129,20 @@ def quantize_by_hessian(
         given = None
         if table is not None:
             given = resolve_table(config.method, table, spec.num_bits, spec.group_size)
+        fewer = "Leave the layer dense (`--skip`), or use `--method mse`"
+        advice = f"{fewer}." if weight.device.type == "cpu" else f"{fewer}, or `--device cpu`."
         try:
-            return quantize_calibrated(
-                weight.detach().float().contiguous(),
-                hessians[name],
-                spec,
-                None if given is None else given.to(weight.device),
-                SCALE_DTYPES[config.scale_dtype],
-                method=config.method,
-                per_row=config.table_scope == "row",
-                name=f"`{name}`",
-            )
+            with explain_out_of_memory(f"quantising `{name}` on {weight.device}", advice):
+                return quantize_calibrated(
+                    weight.detach().float().contiguous(),
+                    hessians[name],
+                    spec,
+                    None if given is None else given.to(weight.device),
+                    SCALE_DTYPES[config.scale_dtype],
+                    method=config.method,
+                    per_row=config.table_scope == "row",
+                    name=f"`{name}`",
+                )
         except FormatError as error:
             raise FormatError(f"`{name}`: {error}") from error
 

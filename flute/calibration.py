@@ -214,7 +214,7 @@ class BlockWalk:
         check_windows(model, windows)
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._hidden: list[Tensor] = []
-        with _evaluating(model), _explain_out_of_memory(self._device, windows.shape[1]):
+        with _evaluating(model), _in_block(self._device, windows.shape[1]):
             for window in windows:
                 self._record(model, window.unsqueeze(0).to(self._device))
         self._dense = list(self._hidden) if keep_dense else []
@@ -256,7 +256,7 @@ class BlockWalk:
         self, block: Block, hidden: Tensor, weights: Mapping[str, Tensor] | None = None
     ) -> Tensor:
         args, kwargs = self._arguments[block.index]
-        with _explain_out_of_memory(self._device, hidden.shape[1]):
+        with _in_block(self._device, hidden.shape[1]):
             inputs = (hidden.to(self._device), *args)
             out = torch.func.functional_call(block.module, dict(weights or {}), inputs, kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
@@ -394,11 +394,28 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _explain_out_of_memory(device: torch.device, sequence: int) -> Iterator[None]:
+def explain_out_of_memory(what: str, advice: str) -> Iterator[None]:
+    """Turn a device's or the host's refusal of memory into one that says what needs less.
+
+    Args:
+        what: was being done.
+        advice: the option that lowers it.
+
+    Raises:
+        CalibrationError: memory was refused.
+    """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise CalibrationError(
-            f"{device} is out of memory in a decoder block with {sequence} tokens at a time. Use "
-            "shorter samples (`--sequence`), or `--device cpu`."
-        ) from error
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        is_host = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+        if not is_host and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise CalibrationError(f"Out of memory in {what}. {advice}") from error
+
+
+def _in_block(device: torch.device, sequence: int) -> contextlib.AbstractContextManager[None]:
+    other = "" if device.type == "cpu" else ", or `--device cpu`"
+    return explain_out_of_memory(
+        f"a decoder block on {device} with {sequence} tokens at a time",
+        f"Use shorter samples (`--sequence`){other}.",
+    )
