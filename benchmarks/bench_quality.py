@@ -35,8 +35,10 @@ from flute.divergence import divergence
 from flute.evaluate import TEXTS, perplexity, read_text, to_windows
 from flute.format import QuantizedWeight
 from flute.linear import LutLinear
+from flute.methods import CALIBRATED as METHODS_WITH_TEXT
 from flute.methods import METHODS
 from flute.model import QuantizeOptions, plan_model
+from flute.training import LearnOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_MODEL = ROOT / "examples" / "llama-demo-7m"
@@ -94,15 +96,20 @@ def dequantized(weight: Tensor, case: Case, hessian: Tensor | None) -> baselines
     return flute.dequantize(quantized), case.bits + 16 / case.group
 
 
-OURS: dict[str, dict[str, Any]] = {name: {} for name in METHODS if name != "table"}
-"""Name -> options of `flute.quantize_model` besides bits, group and method."""
-CALIBRATED: tuple[str, ...] = ("GPTQ int (re-created)",)
-for _name in getattr(flute.methods, "CALIBRATED", ()):
-    _scopes = [{}, {"table_scope": "row"}] if _name == "lnq" else [{}]
-    for _options in _scopes:
-        _title = f"{_name}, table per row" if _options else _name
-        OURS[_title] = _options
-        CALIBRATED += (_title,)
+OURS: dict[str, dict[str, Any]] = {
+    **{name: {"method": name} for name in (*METHODS, *METHODS_WITH_TEXT) if name != "table"},
+    "lnq, table per row": {"method": "lnq", "table_scope": "row"},
+    "nfl from nf": {"method": "nfl", "learn": LearnOptions("nf", learning_rate=1e-4)},
+    "nfl from lnq, table per row": {
+        **{"method": "nfl", "table_scope": "row"},
+        "learn": LearnOptions("lnq", tables=True),
+    },
+}
+"""Name -> options of `flute.quantize_model` besides bits and group."""
+CALIBRATED = (
+    "GPTQ int (re-created)",
+    *(name for name, options in OURS.items() if options["method"] in METHODS_WITH_TEXT),
+)
 OTHERS: dict[str, Callable[[Tensor, Case, Tensor | None], baselines.Result]] = {
     "bitsandbytes nf4": bitsandbytes,
     "bitsandbytes nf4, double": bitsandbytes,
@@ -156,9 +163,8 @@ def quantized_copy(
     model = copy.deepcopy(dense)
     start = time.perf_counter()
     if case.kind == "method":
-        method = case.method.partition(",")[0]
         options = OURS[case.method] | ({} if windows is None else {"calibration": windows})
-        flute.quantize_model(model, case.bits, case.group, method=method, **options)
+        flute.quantize_model(model, case.bits, case.group, **options)
         seconds = time.perf_counter() - start
         layers = [m for m in model.modules() if isinstance(m, LutLinear)]
         weights = sum(layer.in_features * layer.out_features for layer in layers)
@@ -261,7 +267,8 @@ def bench_model(path: str, args: argparse.Namespace, head: Record) -> Iterator[R
     if args.calibration:
         pool = to_windows(read_text(args.calibration), tokenizer, args.window)
     chosen = args.methods or [*OURS, *OTHERS]
-    cases = list(cases_of(chosen, args.bits, args.groups, calibration=pool is not None))
+    known = pool is not None
+    cases = list(cases_of(chosen, args.bits, args.groups, calibration=known, seeds=args.seeds))
     hessians: dict[int, dict[str, Tensor]] = {}
     with Bar(Path(path).name, "cases", len(cases)) as bar:
         for case in cases:
@@ -334,6 +341,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--groups", nargs="+", type=int, default=GROUPS, metavar="N")
     parser.add_argument("--calibration", metavar="TEXT", help="training text, none of --texts")
     parser.add_argument("--calibration-windows", type=int, default=16, metavar="N")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write records after each case")
     parser.add_argument("--append", action="store_true", help="keep the records that FILE has")
     args = parser.parse_args(argv)

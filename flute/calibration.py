@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import lzma
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,7 +183,8 @@ class _LastBlockError(Exception):
 class BlockWalk:
     """Takes windows through a model's decoder blocks, one block at a time.
 
-    Use: for each of `blocks` in order, `hessians` (not of need), change the block, `advance`.
+    Use: for each of `blocks` in order, `hessians` (not of need), change the block, `advance`. With
+    ``keep_dense`` a second stream passes the blocks as they were: `advance_dense` comes first.
 
     Args:
         model: a transformers model; its embedding, and what computes positions and masks, are on
@@ -191,6 +192,7 @@ class BlockWalk:
         layers: full names of the linear layers that are calibrated.
         windows: int64, shape (samples, sequence).
         device: where blocks run; None: where the model is.
+        keep_dense: keep the hidden states of the dense model too.
 
     Raises:
         CalibrationError: the windows do not fit the model.
@@ -204,15 +206,18 @@ class BlockWalk:
         layers: Collection[str],
         windows: Tensor,
         device: torch.device | None = None,
+        *,
+        keep_dense: bool = False,
     ) -> None:
         self.blocks = find_blocks(model, layers)
         self._device = device or next(model.parameters()).device
         check_windows(model, windows)
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._hidden: list[Tensor] = []
-        with _evaluating(model), _explain_out_of_memory(self._device, windows.shape[1]):
+        with _evaluating(model), _in_block(self._device, windows.shape[1]):
             for window in windows:
                 self._record(model, window.unsqueeze(0).to(self._device))
+        self._dense = list(self._hidden) if keep_dense else []
 
     def _record(self, model: nn.Module, ids: Tensor) -> None:
         """Run the model with blocks that return their input; keep what each was called with."""
@@ -247,13 +252,47 @@ class BlockWalk:
             )
         self._arguments = self._arguments or arguments
 
-    def _run(self, block: Block, hidden: Tensor) -> Tensor:
+    def _run(
+        self, block: Block, hidden: Tensor, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         args, kwargs = self._arguments[block.index]
-        with torch.no_grad(), _explain_out_of_memory(self._device, hidden.shape[1]):
-            out = block.module(hidden.to(self._device), *args, **kwargs)
+        with _in_block(self._device, hidden.shape[1]):
+            inputs = (hidden.to(self._device), *args)
+            out = torch.func.functional_call(block.module, dict(weights or {}), inputs, kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
 
+    @property
+    def num_windows(self) -> int:
+        """Windows that are taken through the model."""
+        return len(self._hidden)
+
+    def output(self, block: Block, window: int, weights: Mapping[str, Tensor]) -> Tensor:
+        """Return what a block makes of a window with other weights, gradients passing to these.
+
+        Args:
+            block: the block that the walk is at.
+            window: its index.
+            weights: full layer name -> weight (N, K), rounded to the dtype of the layer's own.
+        """
+        start = len(block.name) + 1
+        own = {f"{name[start:]}.weight": weight for name, weight in weights.items()}
+        dtypes = {key: block.module.get_parameter(key).dtype for key in own}
+        cast = {key: weight.to(dtypes[key]) for key, weight in own.items()}
+        return self._run(block, self._hidden[window], cast)
+
+    def target(self, window: int) -> Tensor:
+        """Return the dense stream's hidden states of a window, after `advance_dense`."""
+        return self._dense[window].to(self._device)
+
+    @torch.no_grad()
+    def advance_dense(self, block: Block) -> None:
+        """Take the dense stream through a block, which must still be as the dense model has it."""
+        with _evaluating(block.module):
+            for i, hidden in enumerate(self._dense):
+                self._dense[i] = self._run(block, hidden).cpu()
+
+    @torch.no_grad()
     def hessians(self, block: Block) -> dict[str, Tensor]:
         """Return the sum of x x' over the inputs of each of a block's layers, fp32, shape (K, K).
 
@@ -305,10 +344,12 @@ class BlockWalk:
                 sums[name] = torch.zeros(K, K, device=self._device, dtype=torch.float32)
         return {name: sums[leaders[name]] for name in block.layers}
 
+    @torch.no_grad()
     def advance(self, block: Block) -> None:
         """Take the windows through a block as it is now, to the input of the next."""
         if block.index + 1 == len(self.blocks):
             self._hidden.clear()
+            self._dense.clear()
         with _evaluating(block.module):
             for i, hidden in enumerate(self._hidden):
                 self._hidden[i] = self._run(block, hidden).cpu()
@@ -353,11 +394,28 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _explain_out_of_memory(device: torch.device, sequence: int) -> Iterator[None]:
+def explain_out_of_memory(what: str, advice: str) -> Iterator[None]:
+    """Turn a device's or the host's refusal of memory into one that says what needs less.
+
+    Args:
+        what: was being done.
+        advice: the option that lowers it.
+
+    Raises:
+        CalibrationError: memory was refused.
+    """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise CalibrationError(
-            f"{device} is out of memory in a decoder block with {sequence} tokens at a time. Use "
-            "shorter samples (`--sequence`), or `--device cpu`."
-        ) from error
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        is_host = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+        if not is_host and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise CalibrationError(f"Out of memory in {what}. {advice}") from error
+
+
+def _in_block(device: torch.device, sequence: int) -> contextlib.AbstractContextManager[None]:
+    other = "" if device.type == "cpu" else ", or `--device cpu`"
+    return explain_out_of_memory(
+        f"a decoder block on {device} with {sequence} tokens at a time",
+        f"Use shorter samples (`--sequence`){other}.",
+    )

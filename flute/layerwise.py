@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from flute.architecture import meta_model, model_keys
+from flute.blockwise import quantize_block
 from flute.calibration import Block, BlockWalk, check_windows, find_blocks
 from flute.checkpoint import CheckpointReader, open_safetensors
 from flute.errors import UnsupportedProblemError
 from flute.format import QuantizedWeight
-from flute.model import ModelPlan, QuantizeOptions, quantize_block
+from flute.model import ModelPlan, QuantizeOptions
 from flute.pack import unpack_codes
 from flute.reference import dequantize
 
@@ -101,7 +102,10 @@ class CheckpointWalk:
         ]
         _make_buffers(model, self._device)
         model.load_state_dict(self._read(wanted), strict=False, assign=True)
-        walk = BlockWalk(model, list(self._plan.shapes), self._windows, self._device)
+        walk = BlockWalk(
+            *(model, list(self._plan.shapes), self._windows, self._device),
+            keep_dense=self._options.learn is not None,
+        )
         model.to("meta")
         return walk
 
@@ -126,10 +130,13 @@ class CheckpointWalk:
         block.module.load_state_dict({key[start:]: t for key, t in state.items()}, assign=True)
         dense = {name: state[f"{name}.weight"] for name in block.layers}
         if block.index < target:
+            if self._options.learn is not None:
+                walk.advance_dense(block)
             self._weights = {name: self._read_back(name) for name in block.layers}
         else:
+            options = self._options
             self._weights = quantize_block(
-                dense, walk.hessians(block), self._plan.config, self._options.table
+                walk, block, dense, self._plan.config, options.table, options.learn
             )
         for name, weight in self._weights.items():
             block.module.get_parameter(f"{name[start:]}.weight").data.copy_(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
@@ -19,21 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flute.blockwise import quantize_block, quantize_weight
 from flute.calibration import BlockWalk, CalibrationError
 from flute.errors import FormatError, UnsupportedProblemError
 from flute.experts import split_experts, takes_experts
 from flute.format import GROUP_SIZES, SCALE_DTYPES, WHOLE_ROW, CheckpointConfig, QuantizedWeight
 from flute.linear import LutLinear
-from flute.methods import (
-    CALIBRATED,
-    METHODS,
-    check_table_scope,
-    check_weight,
-    quantize_calibrated,
-    resolve_table,
-)
+from flute.methods import CALIBRATED, check_table_scope, fits_table, resolve_table
 from flute.reference import dequantize
-from flute.tables import TABLES, TableLike
+from flute.rotation import rotate_model
+from flute.tables import FAMILIES, TableLike
+from flute.training import LearnOptions
 
 ROUTER_NAMES = ("gate", "router", "shared_expert_gate", "wg")
 """Last components of the names of MoE routers: tiny, and every token's path hangs on them."""
@@ -54,6 +49,10 @@ class QuantizeOptions:
             bfloat16 for an fp32 model.
         skip: patterns of layer names to leave dense, such as "lm_head" or "*.layers.0.*".
         table_scope: "row" lets "lnq" learn a table for each row instead of one per matrix.
+        learn: how "nfl" learns; None is the defaults of `LearnOptions`.
+        bits_by_layer: full layer name -> bits, of layers that have others than ``num_bits``, such
+            as `flute.mixed.choose_bits` returns.
+        hadamard: rotate the model first (`flute.rotation`); it computes the same.
 
     Raises:
         FormatError: a value out of range, or a table that does not fit.
@@ -66,14 +65,29 @@ class QuantizeOptions:
     scale_dtype: str | None = None
     skip: tuple[str, ...] = ()
     table_scope: str = "tensor"
+    learn: LearnOptions | None = None
+    bits_by_layer: Mapping[str, int] = field(default_factory=dict)
+    hadamard: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.skip, str):
             raise FormatError(f"`skip` is {self.skip!r}; expected a list of patterns.")
         object.__setattr__(self, "skip", tuple(self.skip))
         CheckpointConfig(self.num_bits, self.group_size)
-        resolve_table(self.method, self.table, self.num_bits)
-        check_table_scope(self.method, self.table_scope)
+        if self.method != "nfl" and self.learn is not None:
+            raise FormatError(
+                f"`learn` (`--learn-from`, `--steps`, ...) is for method 'nfl'; `method` is "
+                f"{self.method!r}."
+            )
+        if self.method == "nfl":
+            object.__setattr__(self, "learn", self.learn or LearnOptions())
+        resolve_table(self.basis, self.table, self.num_bits, self.group_size)
+        check_table_scope(self.basis, self.table_scope)
+        if self.bits_by_layer and self.table is not None and self.table_name == "custom":
+            raise FormatError(
+                "A table of your own has entries for one number of bits; layers of several take a "
+                f"family: one of {FAMILIES}."
+            )
         if self.scale_dtype not in (None, *SCALE_DTYPES):
             raise FormatError(
                 f"`scale_dtype` is {self.scale_dtype!r}; expected one of {tuple(SCALE_DTYPES)}, or "
@@ -81,14 +95,20 @@ class QuantizeOptions:
             )
 
     @property
+    def basis(self) -> str:
+        """The method that chooses codes: of "nfl" the one it starts from."""
+        return self.learn.start if self.learn is not None else self.method
+
+    @property
     def table_name(self) -> str:
         """The table's family, or "custom"."""
-        if self.method in TABLES:
-            return self.method
-        fitted = self.method == "lnq" or (self.method in CALIBRATED and self.table is None)
-        name = "custom" if fitted else "nf" if self.table is None else self.table
+        if self.learn is not None and self.learn.tables:
+            return "custom"
+        if self.basis in FAMILIES:
+            return self.basis
+        name = "custom" if fits_table(self.basis, self.table) else self.table
         family = name.removesuffix(str(self.num_bits)) if isinstance(name, str) else ""
-        return family if family in TABLES else "custom"
+        return family if family in FAMILIES else "custom"
 
 
 @dataclass(frozen=True)
@@ -151,7 +171,7 @@ def plan_model(model: nn.Module, options: QuantizeOptions, prefix: str = "") -> 
         table_scope=_table_scope(options, shapes),
         scale_dtype=options.scale_dtype or _own_scale_dtype(linears[name] for name in shapes),
         modules_to_not_convert=tuple(name for name in linears if name in dense),
-        overrides=fit_groups(shapes, options.group_size),
+        overrides=_overrides(shapes, options),
     )
     return ModelPlan(config, shapes, dense)
 
@@ -202,6 +222,24 @@ def _kept_in_fp32(model: nn.Module) -> set[str]:
     return names
 
 
+def _overrides(
+    shapes: Mapping[str, tuple[int, int]], options: QuantizeOptions
+) -> dict[str, dict[str, int]]:
+    """Return the layers that differ from the model's bits or group size, and in what.
+
+    Raises:
+        FormatError: bits for a layer that is not quantised, or a layer that no group fits.
+    """
+    unknown = sorted(set(options.bits_by_layer) - set(shapes))
+    if unknown:
+        raise FormatError(f"`bits_by_layer` names `{unknown[0]}`, which is not quantised.")
+    overrides = fit_groups(shapes, options.group_size)
+    for name, bits in options.bits_by_layer.items():
+        if bits != options.num_bits:
+            overrides.setdefault(name, {})["num_bits"] = bits
+    return overrides
+
+
 def fit_groups(shapes: Mapping[str, tuple[int, int]], group_size: int) -> dict[str, dict[str, int]]:
     """Return overrides, name -> {"group_size": ...}, of layers that take a smaller group; warn.
 
@@ -237,7 +275,7 @@ def fit_groups(shapes: Mapping[str, tuple[int, int]], group_size: int) -> dict[s
 
 
 def _table_scope(options: QuantizeOptions, shapes: Mapping[str, tuple[int, int]]) -> str:
-    rows = resolve_table(options.method, options.table, options.num_bits).shape[0]
+    rows = resolve_table(options.basis, options.table, options.num_bits).shape[0]
     if rows == 1:
         return options.table_scope
     misfits = [f"`{name}` (N={N})" for name, (N, _) in shapes.items() if rows != N]
@@ -252,89 +290,6 @@ def _table_scope(options: QuantizeOptions, shapes: Mapping[str, tuple[int, int]]
 def _own_scale_dtype(linears: Iterable[nn.Linear]) -> str:
     dtypes = {linear.weight.dtype for linear in linears}
     return "float16" if dtypes == {torch.float16} else "bfloat16"
-
-
-def quantize_weight(
-    weight: Tensor,
-    name: str,
-    config: CheckpointConfig,
-    table: TableLike | None,
-    *,
-    first_row: int = 0,
-) -> QuantizedWeight:
-    """Quantise the weight of the layer ``name`` as its plan says, on the weight's device.
-
-    Args:
-        weight: fp16, bf16 or fp32, shape (N, K).
-        name: full module name; messages carry it, overrides are looked up by it.
-        config: from `plan_model`.
-        table: as in `QuantizeOptions`.
-        first_row: where these rows start in the whole weight, for messages.
-
-    Raises:
-        FormatError: NaN or Inf, or a dtype that cannot be quantised; the message names the tensor.
-    """
-    if config.method in CALIBRATED:
-        raise FormatError(
-            f"method={config.method!r} needs calibration text: use `flute quantize --calibration`, "
-            "or `flute.quantize_model(model, ..., calibration=windows)`."
-        )
-    check_weight(weight, f"{name}.weight", first_row)
-    spec = config.spec_of(name)
-    entries = resolve_table(config.method, table, spec.num_bits).to(weight.device)
-    dense, scale_dtype = weight.detach().float().contiguous(), SCALE_DTYPES[config.scale_dtype]
-    try:
-        return METHODS[config.method](dense, spec, entries, scale_dtype)
-    except FormatError as error:
-        raise FormatError(f"`{name}.weight`: {error}") from error
-
-
-def quantize_block(
-    weights: Mapping[str, Tensor],
-    hessians: Mapping[str, Tensor],
-    config: CheckpointConfig,
-    table: TableLike | None,
-) -> dict[str, QuantizedWeight]:
-    """Quantise the layers of a decoder block against their Hessians.
-
-    On the CPU a layer per thread, each thread running torch on one core: the steps are small, and
-    torch's own threads would wait for each other in each of them.
-
-    Args:
-        weights: layer name -> weight, shape (N, K).
-        hessians: layer name -> sum of x x' over its inputs, shape (K, K), on the weight's device.
-        config: from `plan_model`.
-        table: as in `QuantizeOptions`.
-
-    Raises:
-        FormatError: NaN or Inf, or a Hessian that cannot be used; the message names the layer.
-    """
-
-    def one(name: str) -> QuantizedWeight:
-        weight, spec = weights[name], config.spec_of(name)
-        check_weight(weight, f"{name}.weight")
-        given = None
-        if table is not None:
-            given = resolve_table(config.method, table, spec.num_bits).to(weight.device)
-        try:
-            return quantize_calibrated(
-                weight.detach().float().contiguous(),
-                hessians[name],
-                spec,
-                given,
-                SCALE_DTYPES[config.scale_dtype],
-                method=config.method,
-                per_row=config.table_scope == "row",
-            )
-        except FormatError as error:
-            raise FormatError(f"`{name}`: {error}") from error
-
-    names = sorted(weights, key=lambda name: -weights[name].numel())
-    num_threads = torch.get_num_threads()
-    if num_threads == 1 or any(weight.device.type != "cpu" for weight in weights.values()):
-        return {name: one(name) for name in names}
-    with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return dict(zip(names, pool.map(one, names), strict=True))
 
 
 def empty_lut_linear(linear: nn.Linear, name: str, config: CheckpointConfig) -> LutLinear:
@@ -382,8 +337,8 @@ def quantize_model(
         FormatError: as `plan_model` and `quantize_weight`; layers done so far stay quantised.
         CalibrationError: `calibration` is missing or does not fit the model, or the model gives
             NaN.
-        UnsupportedProblemError: as `plan_model`, the model itself is an `nn.Linear`, or a layer to
-            be calibrated is in no decoder block.
+        UnsupportedProblemError: as `plan_model`, the model itself is an `nn.Linear`, a layer to be
+            calibrated is in no decoder block, or a model that `hadamard` cannot rotate.
     """
     request = QuantizeOptions(num_bits, group_size, **options)
     check_calibration(request.method, calibration)
@@ -392,10 +347,12 @@ def quantize_model(
             "`model` is an nn.Linear, which cannot be replaced in place. Use "
             "`LutLinear.from_quantized(flute.quantize(linear.weight), linear.bias)`."
         )
+    if request.hadamard:
+        rotate_model(model)
     if request.method not in CALIBRATED:
         split_experts(model)
     plan = plan_model(model, request)
-    for name, weight in _quantized_layers(model, plan, request.table, calibration):
+    for name, weight in _quantized_layers(model, plan, request, calibration):
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear), f"{name} was planned as nn.Linear"
         layer = LutLinear.from_quantized(weight, linear.bias)
@@ -426,19 +383,19 @@ def check_calibration(method: str, calibration: object) -> None:
 
 
 def _quantized_layers(
-    model: nn.Module, plan: ModelPlan, table: TableLike | None, calibration: Tensor | None
+    model: nn.Module, plan: ModelPlan, options: QuantizeOptions, calibration: Tensor | None
 ) -> Iterator[tuple[str, QuantizedWeight]]:
     """Yield each planned layer, quantised, in an order that the method can work in."""
     if calibration is None:
         for name in plan.shapes:
             dense = model.get_parameter(f"{name}.weight").data
-            yield name, quantize_weight(dense, name, plan.config, table)
+            yield name, quantize_weight(dense, name, plan.config, options.table)
         return
-    walk = BlockWalk(model, list(plan.shapes), calibration)
+    keep_dense = options.learn is not None
+    walk = BlockWalk(model, list(plan.shapes), calibration, keep_dense=keep_dense)
     for block in walk.blocks:
-        hessians = walk.hessians(block)
         weights = {name: model.get_parameter(f"{name}.weight").data for name in block.layers}
-        quantized = quantize_block(weights, hessians, plan.config, table)
+        quantized = quantize_block(walk, block, weights, plan.config, options.table, options.learn)
         for name, weight in quantized.items():
             weights[name].copy_(dequantize(weight, weights[name].dtype))
         walk.advance(block)

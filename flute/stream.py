@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,22 @@ import torch
 from torch import Tensor
 
 from flute.architecture import match_names, meta_model, missing_parameters
+from flute.blockwise import quantize_weight
 from flute.checkpoint import CheckpointReader, tensor_bytes
 from flute.errors import CheckpointError, FormatError, UnsupportedProblemError
 from flute.experts import split_experts
 from flute.format import SCALE_DTYPES, CheckpointConfig, QuantSpec
 from flute.layerwise import CheckpointWalk
-from flute.methods import CALIBRATED, check_finite
+from flute.methods import CALIBRATED, check_finite, fits_table, table_for
+from flute.methods.fit import sample_rows
 from flute.model import (
     ModelPlan,
     QuantizeOptions,
     check_calibration,
     plan_model,
-    quantize_weight,
 )
 from flute.pack import pack_codes
+from flute.rotation import RotatedReader
 from flute.tables import get_table
 from flute.version import __version__
 from flute.writer import (
@@ -107,15 +110,18 @@ def quantize_checkpoint(
     plan = plan_checkpoint(find_source(source, revision), options)
     reader, config = plan.reader, plan.model_plan.config
     check_apart(reader.directory, destination)
-    place, walk, job = torch.device(device), None, {}
+    place, walk = torch.device(device), None
+    job: dict[str, Any] = {"hadamard": True} if options.hadamard else {}
     if calibration is not None:
         staging = staging_folder(destination)
         layers, model_plan = plan.layers, plan.model_plan
         walk = CheckpointWalk(reader, model_plan, layers, options, calibration, place, staging)
-        job = {"calibration": f"{zlib.crc32(tensor_bytes(calibration)):08x}"}
+        job["calibration"] = f"{zlib.crc32(tensor_bytes(calibration)):08x}"
+        if options.learn is not None:
+            job["learn"] = str(options.learn)
     side_files = read_side_files(reader.directory) | {
         "config.json": model_config_json(reader.config, config),
-        "README.md": model_card(str(source), config, len(plan.layers)).encode(),
+        "README.md": model_card(str(source), config, plan.model_plan.shapes).encode(),
     }
     write_checkpoint(
         destination,
@@ -156,7 +162,7 @@ def plan_checkpoint(directory: Path, options: QuantizeOptions) -> CheckpointPlan
         CheckpointError: a weight the architecture needs is not in the files.
         FormatError: a weight has a dtype or shape that does not fit its layer.
     """
-    reader = CheckpointReader(directory)
+    reader = (RotatedReader if options.hadamard else CheckpointReader)(directory)
     quantized = reader.config.get("quantization_config")
     if quantized:
         method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "?"
@@ -276,11 +282,17 @@ def _quantize_rows(
     N, K = reader.shape(name)
     rows = max(1, _BLOCK_WEIGHTS // K)
     num_bits = config.spec_of(module).num_bits
+    table = options.table
+    if fits_table(config.method, table):
+        picked = sample_rows(N, K)
+        parts = [(0, N)] if len(picked) == N else [(row, row + 1) for row in picked]
+        sample = torch.cat([reader.rows(name, *part) for part in parts]).to(device)
+        table = table_for(config.method, sample, config.spec_of(module), table)
+    whole = table
     for start in range(0, N, rows):
         stop = min(start + rows, N)
-        table = options.table
-        if config.table_scope == "row" and table is not None:
-            table = get_table(table, num_bits)[start:stop]
+        if config.table_scope == "row" and whole is not None:
+            table = get_table(whole, num_bits)[start:stop]
         block = reader.rows(name, start, stop).to(device)
         weight = quantize_weight(block, module, config, table, first_row=start)
         yield f"{layer}.codes", pack_codes(weight.codes, num_bits)
@@ -323,7 +335,7 @@ def fingerprint(reader: CheckpointReader) -> dict[str, Any]:
 def _table_values(options: QuantizeOptions) -> Any:
     if options.table is None:
         return None
-    return get_table(options.table, options.num_bits).tolist()
+    return get_table(options.table, options.num_bits, options.group_size).tolist()
 
 
 def model_config_json(source: Mapping[str, Any], config: CheckpointConfig) -> bytes:
@@ -332,9 +344,11 @@ def model_config_json(source: Mapping[str, Any], config: CheckpointConfig) -> by
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def model_card(source: str, config: CheckpointConfig, num_layers: int) -> str:
+def model_card(source: str, config: CheckpointConfig, layers: Collection[str]) -> str:
     """Return the README.md of a quantised checkpoint: what it is and how to load it."""
     group = "the whole row" if config.group_size == -1 else f"groups of {config.group_size}"
+    widths = Counter(config.spec_of(name).num_bits for name in layers)
+    bits = ", ".join(f"{count} at {b}" for b, count in sorted(widths.items()))
     base = f"base_model: {source}\n" if source.count("/") == 1 and not Path(source).exists() else ""
     return f"""---
 library_name: transformers
@@ -344,7 +358,7 @@ tags:
 
 # {Path(source).name}, quantised by FLUTE
 
-{num_layers} linear layers at {config.num_bits} bits, {group}, table `{config.table}`, method
+{len(layers)} linear layers ({bits} bits), {group}, table `{config.table}`, method
 `{config.method}`. Each weight is `table[code] * scale`.
 
 ```python

@@ -1,12 +1,13 @@
 """Tables: the 4, 8 or 16 numbers that codes index.
 
-Owns the named families (int, fp, nf) and the reading of a user's own table. A table is fp32 of
-shape (1, 2**num_bits) or (N, 2**num_bits); its order is the order of the codes and need not be
-sorted.
+Owns the named families (int, fp, nf, bof, bof-s) and the reading of a user's own table. A table is
+fp32 of shape (1, 2**num_bits) or (N, 2**num_bits); its order is the order of the codes and need not
+be sorted.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from flute.bof import bof_table
 from flute.errors import FormatError
 from flute.format import NUM_BITS
 
@@ -94,17 +96,27 @@ TABLES: dict[str, Callable[[int], tuple[float, ...]]] = {
 }
 """Family name -> function of num_bits."""
 
+BLOCK_TABLES: dict[str, Callable[[int, int], tuple[float, ...]]] = {
+    "bof": functools.partial(bof_table, signed=False),
+    "bof-s": functools.partial(bof_table, signed=True),
+}
+"""Family name -> function of num_bits and group_size: tables made for groups of that size."""
+FAMILIES = (*TABLES, *BLOCK_TABLES)
+DEFAULT_GROUP = 64
+"""The group size that "bof" and "bof-s" are made for where none is given."""
+
 TableLike = str | Path | Tensor | Sequence[float] | Sequence[Sequence[float]] | np.ndarray
 
 
-def get_table(table: TableLike, num_bits: int) -> Tensor:
+def get_table(table: TableLike, num_bits: int, group_size: int = DEFAULT_GROUP) -> Tensor:
     """Return a table as a tensor, from a name, a list, a tensor or a file.
 
     Args:
-        table: a family ("nf", "int", "fp"), such a name with its bits ("nf4"), a sequence or tensor
-            of ``2**num_bits`` numbers (or N rows of them), or the path of a .json, .txt, .npy or
-            .safetensors file that holds one.
+        table: a family ("nf", "int", "fp", "bof", "bof-s"), such a name with its bits ("nf4"), a
+            sequence or tensor of ``2**num_bits`` numbers (or N rows of them), or the path of a
+            .json, .txt, .npy or .safetensors file that holds one.
         num_bits: 2, 3 or 4.
+        group_size: weights per scale, for families that depend on it; -1 is the whole row.
 
     Returns:
         fp32, shape (1, 2**num_bits) or (N, 2**num_bits), on the CPU or the given tensor's device.
@@ -122,6 +134,8 @@ def get_table(table: TableLike, num_bits: int) -> Tensor:
         family = name.removesuffix(str(num_bits))
         if family in TABLES:
             values = TABLES[family](num_bits)
+        elif family in BLOCK_TABLES:
+            values = BLOCK_TABLES[family](num_bits, group_size)
         else:
             source, values = f"`{name}`", read_table_file(Path(name))
     try:
@@ -156,7 +170,7 @@ def read_table_file(path: Path) -> object:
     """
     if not path.exists():
         raise FormatError(
-            f"`table` is {str(path)!r}; expected one of {tuple(TABLES)} (with or without the bits, "
+            f"`table` is {str(path)!r}; expected one of {FAMILIES} (with or without the bits, "
             "as in 'nf4') or the path of a .json, .txt, .npy or .safetensors file."
         )
     readers: dict[str, Callable[[Path], object]] = {

@@ -11,9 +11,10 @@ from helpers import generator, squared_error
 from torch import Tensor
 
 import flute
+from flute.blockwise import quantize_by_hessian
 from flute.errors import FormatError
-from flute.format import QuantSpec
-from flute.methods import CALIBRATED, fit, gptq, hessian, lnq, mse
+from flute.format import CheckpointConfig, QuantSpec
+from flute.methods import BY_HESSIAN, fit, gptq, hessian, lnq, mse
 from flute.tables import get_table
 
 BITS = (2, 3, 4)
@@ -74,7 +75,7 @@ def test_gptq_finds_scales_on_the_updated_weights():
     assert not torch.allclose(first.scales[:, 1], plain.scales[:, 1])
 
 
-@pytest.mark.parametrize("method", CALIBRATED)
+@pytest.mark.parametrize("method", BY_HESSIAN)
 def test_an_identity_hessian_gives_nearest_entries(method):
     """Without correlations nothing can be made up for."""
     weight, _ = problem(16, 128)
@@ -145,7 +146,7 @@ def test_lnq_solves_for_the_table_exactly():
     )
 
 
-@pytest.mark.parametrize("method", CALIBRATED)
+@pytest.mark.parametrize("method", BY_HESSIAN)
 def test_what_comes_out_fits_the_format(method):
     weight, H = problem(12, 128)
     for group_size in (32, 64, 128, -1):
@@ -178,7 +179,7 @@ def test_tables_per_row_are_kept_by_gptq_and_learned_by_lnq():
     assert len(learned.table.unique(dim=0)) == 6
 
 
-@pytest.mark.parametrize("method", CALIBRATED)
+@pytest.mark.parametrize("method", BY_HESSIAN)
 def test_repeatable_and_indifferent_to_the_hessians_scale(method):
     weight, H = problem(8, 64)
     once = flute.quantize(weight, 3, method=method, hessian=H)
@@ -217,7 +218,7 @@ def test_columns_of_no_importance_have_no_say_in_the_table():
 def test_zero_weights_and_an_entry_that_nothing_takes():
     table = fit.fit_table(torch.zeros(4, 64), QuantSpec(3, 32), get_table("nf", 3))
     assert torch.allclose(table, get_table("nf", 3))
-    for method in CALIBRATED:
+    for method in BY_HESSIAN:
         quantized = flute.quantize(torch.zeros(4, 64), 3, 32, method=method, hessian=torch.eye(64))
         assert bool((flute.dequantize(quantized) == 0).all())
 
@@ -225,7 +226,7 @@ def test_zero_weights_and_an_entry_that_nothing_takes():
 # ---- hard Hessians
 
 
-@pytest.mark.parametrize("method", CALIBRATED)
+@pytest.mark.parametrize("method", BY_HESSIAN)
 def test_dead_columns_are_rounded_and_disturb_nobody(method):
     weight, H = problem(8, 128)
     H[5] = H[:, 5] = H[70] = H[:, 70] = 0
@@ -236,14 +237,14 @@ def test_dead_columns_are_rounded_and_disturb_nobody(method):
     assert output_error(weight, H, quantized) < 0.01
 
 
-@pytest.mark.parametrize("method", CALIBRATED)
+@pytest.mark.parametrize("method", BY_HESSIAN)
 def test_inputs_that_were_never_active_are_quantised_as_without_data(method):
     weight, _ = problem(8, 128)
     quantized = flute.quantize(weight, 4, 64, method=method, hessian=torch.zeros(128, 128))
     assert squared_error(weight, quantized) < 0.0085
 
 
-@pytest.mark.parametrize("method", CALIBRATED)
+@pytest.mark.parametrize("method", BY_HESSIAN)
 def test_too_few_samples_are_damped(method):
     """Three inputs for 128 columns: the Hessian alone has no inverse."""
     weight, _ = problem(8, 128)
@@ -261,6 +262,17 @@ def test_a_hessian_that_is_not_positive_definite_raises_the_damping():
     assert bool(torch.isfinite(flute.dequantize(quantized)).all())
 
 
+@pytest.mark.parametrize("method", BY_HESSIAN)
+def test_raised_damping_names_its_layer_once(method):
+    weight, _ = problem(4, 64)
+    H = torch.eye(64)
+    H[0, 1] = H[1, 0] = 1.05
+    config = CheckpointConfig(method=method)
+    with pytest.warns(UserWarning, match="positive definite") as told:
+        quantize_by_hessian({"blocks.3.down": weight}, {"blocks.3.down": H}, config, None)
+    assert [str(w.message).partition(" is ")[0] for w in told] == ["The Hessian of `blocks.3.down`"]
+
+
 def test_a_hessian_that_nothing_makes_positive_definite_is_refused():
     H = torch.eye(64)
     H[0, 1] = H[1, 0] = 1e6
@@ -268,7 +280,7 @@ def test_a_hessian_that_nothing_makes_positive_definite_is_refused():
         flute.quantize(torch.ones(2, 64), method="gptq", hessian=H)
 
 
-@pytest.mark.parametrize("method", CALIBRATED)
+@pytest.mark.parametrize("method", BY_HESSIAN)
 @pytest.mark.parametrize(
     ("H", "message"),
     [
@@ -287,7 +299,7 @@ def test_bad_hessians_are_named(method, H, message):
     ("arguments", "message"),
     [
         ({"hessian": torch.eye(64)}, "method='mse' uses no `hessian`: drop it"),
-        ({"table_scope": "row"}, "only 'lnq' learns a table per row, and `method` is 'mse'"),
+        ({"table_scope": "row"}, "` is 'mse'"),
         ({"table_scope": "head"}, "`table_scope` is 'head'; expected one of ('tensor', 'row')."),
     ],
 )

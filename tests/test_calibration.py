@@ -18,10 +18,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import flute
-from flute import layerwise
+from flute import blockwise, layerwise
 from flute.calibration import (
     BlockWalk,
     CalibrationError,
+    explain_out_of_memory,
     find_blocks,
     read_documents,
     sample_windows,
@@ -380,6 +381,41 @@ def test_an_interrupted_run_of_another_text_is_refused(tmp_path, monkeypatch):
     other = windows(seed=1)
     with pytest.raises(CheckpointError, match="holds an interrupted run of another job"):
         quantize_checkpoint(tmp_path / "source", tmp_path / "out", GPTQ, calibration=other)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "Use shorter samples (`--sequence`)."),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "Use shorter samples"),
+    ],
+)
+def test_out_of_memory_in_a_block_says_what_needs_less(monkeypatch, error, message):
+    def refuse(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(torch.func, "functional_call", refuse)
+    told = f"Out of memory in a decoder block on cpu with 24 tokens at a time. {message}"
+    with pytest.raises(CalibrationError, match=re.escape(told)):
+        quantize_model(tiny_model(), 4, 32, method="gptq", calibration=windows())
+
+
+def test_out_of_memory_in_a_layer_names_it(monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(blockwise, "quantize_calibrated", refuse)
+    told = r"Out of memory in quantising `model\.layers\.0\.\S+` on cpu\. Leave the layer dense"
+    with pytest.raises(CalibrationError, match=told):
+        quantize_model(tiny_model(), 4, 32, method="gptq", calibration=windows())
+
+
+def test_other_failures_are_passed_on():
+    with (
+        pytest.raises(RuntimeError, match="shapes differ"),
+        explain_out_of_memory("anything", "Wait."),
+    ):
+        raise RuntimeError("shapes differ")
 
 
 def test_nan_activations_keep_the_finished_layers(tmp_path):

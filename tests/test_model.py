@@ -14,6 +14,7 @@ from helpers import generator, tiny_model
 from torch import nn
 
 import flute
+from flute.blockwise import quantize_weight
 from flute.errors import FormatError, UnsupportedProblemError
 from flute.experts import split_experts
 from flute.format import CheckpointConfig, QuantSpec
@@ -25,7 +26,6 @@ from flute.model import (
     matches,
     plan_model,
     quantize_model,
-    quantize_weight,
 )
 
 LLAMA_SHAPES = {
@@ -67,7 +67,7 @@ def test_plan_of_a_transformer(kind):
     plan = plan_model(tiny_model(kind), QuantizeOptions())
     assert plan.shapes == all_layers()
     assert plan.dense == {"lm_head": "output head"}
-    assert plan.config == CheckpointConfig(modules_to_not_convert=("lm_head",))
+    assert plan.config == CheckpointConfig(table="custom", modules_to_not_convert=("lm_head",))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -291,7 +291,8 @@ def test_scales_take_the_models_own_dtype(dtype, asked, expected):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({}, "nf"),
+        ({}, "custom"),
+        ({"method": "bof-s"}, "bof-s"),
         ({"table": "nf4"}, "nf"),
         ({"table": "int"}, "int"),
         ({"method": "fp"}, "fp"),

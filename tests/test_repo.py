@@ -20,7 +20,7 @@ PACKAGE = ROOT / "flute"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("errors", "version"),
-    ("constant", "format"),
+    ("constant", "format", "bof"),
     ("tables", "pack", "jit"),
     ("kernel_order", "reference"),
     ("config",),
@@ -31,12 +31,17 @@ LAYERS = (
     ("concat", "cuda"),
     ("ops", "operands"),
     ("linear", "tune", "calibration", "experts"),
-    ("model", "checkpoint"),
+    ("training",),
+    ("blockwise",),
+    ("checkpoint",),
+    ("rotation",),
+    ("model",),
     ("writer", "architecture"),
     ("layerwise",),
     ("stream",),
     ("console", "evaluate", "plot"),
     ("prepare", "divergence"),
+    ("mixed",),
     ("integrations",),
     ("cli",),
 )

@@ -221,8 +221,12 @@ def test_other_bits_are_refused(num_bits):
         ([1.0, None, 2.0, 3.0], 2, "`table` is not a list of numbers: "),
         ({"table": VALUES}, 2, "`table` is not a list of numbers: "),
         ([1j, 2.0, 3.0, 4.0], 2, "`table` is not a list of numbers: "),
-        ("nf3", 4, "`table` is 'nf3'; expected one of ('int', 'fp', 'nf') (with or without the"),
-        ("normal", 4, "`table` is 'normal'; expected one of ('int', 'fp', 'nf')"),
+        (
+            "nf3",
+            4,
+            "`table` is 'nf3'; expected one of ('int', 'fp', 'nf', 'bof', 'bof-s') (with or",
+        ),
+        ("normal", 4, "`table` is 'normal'; expected one of ('int', 'fp', 'nf', 'bof', 'bof-s')"),
         ("missing.json", 4, "`table` is 'missing.json'; expected one of"),
     ],
 )

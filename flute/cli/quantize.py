@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from flute.calibration import SAMPLES, SEQUENCE
+from flute.calibration import SAMPLES, SEQUENCE, CalibrationError
 from flute.console import (
     Bar,
     add_device,
@@ -17,16 +20,20 @@ from flute.console import (
     print_table,
     show_warnings_plainly,
 )
-from flute.format import NUM_BITS, SCALE_DTYPES, WHOLE_ROW
+from flute.format import NUM_BITS, SCALE_DTYPES, WHOLE_ROW, CheckpointConfig
 from flute.methods import CALIBRATED, METHODS, TABLE_SCOPES
+from flute.training import STARTS, LearnOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from flute.model import QuantizeOptions
+
 _EPILOG = """\
-The default needs no data: for each group of weights it searches the scale of least squared error.
-gptq and lnq read a calibration text and lose less, most at 3 and 2 bits; lnq takes longest. They
-hold one decoder block in memory. Calibrate on text like that of use, never on the test text.
+The default needs no data: it fits a table to each layer and searches each group's scale for the
+least squared error. gptq, lnq and nfl read a calibration text and lose less, most at 3 and 2 bits;
+lnq takes longest. nfl learns scales by gradients, from the result of another method. They hold one
+decoder block in memory. Calibrate on text like that of use, never on the test text.
 Memory stays bounded by a few blocks of rows, whatever the model's size. A run that was killed goes
 on where it stopped when the same command is repeated. OUT appears only when complete (until then:
 OUT.partial).
@@ -38,6 +45,9 @@ examples:
   flute quantize MODEL OUT --table my-table.json       any 16 numbers of yours
   flute quantize MODEL OUT --bits 3 --method gptq --calibration my-text.txt
   flute quantize MODEL OUT --bits 2 --method lnq --calibration texts/ --table-scope row
+  flute quantize MODEL OUT --bits 3 --method nfl --calibration texts/ --samples 256
+  flute quantize MODEL OUT --bits 2 --method nfl --learn-from lnq --calibration texts/
+  flute quantize MODEL OUT --bits 3.25 --calibration my-text.txt     2 to 4 bits, as layers need
   flute quantize MODEL OUT --skip '*.layers.0.*'       leave some layers dense
 """
 
@@ -56,7 +66,12 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("out", help="folder to create")
     parser.add_argument(
-        "--bits", type=int, default=4, choices=NUM_BITS, help="bits per weight (default 4)"
+        "--bits",
+        type=_bits,
+        default=4,
+        metavar="B",
+        help="bits per weight: 2, 3 or 4 (default 4), or a mean between them, such as 3.25: layers "
+        "then take the bits that serve them, by their measured sensitivity (with --calibration)",
     )
     parser.add_argument(
         "--group-size",
@@ -70,13 +85,14 @@ def add_parser(commands: Any) -> None:
         "--method",
         choices=[*METHODS, *CALIBRATED],
         default="mse",
-        help="mse: searched scales (default); nf, int, fp, table: absmax scales; gptq, lnq: error "
-        "feedback and exact updates, with --calibration",
+        help="mse: table and scales of least error (default); nf, int, fp, bof, bof-s, table: "
+        "absmax scales; with --calibration gptq: error feedback, lnq: exact updates, nfl: learned "
+        "scales",
     )
     parser.add_argument(
         "--table",
-        help="int, fp, nf, or a .json, .txt, .npy or .safetensors file of 2**bits numbers "
-        "(default: nf; gptq and lnq fit one to each layer)",
+        help="int, fp, nf, bof, bof-s, or a .json, .txt, .npy or .safetensors file of 2**bits "
+        "numbers (default: one that is fitted to each layer)",
     )
     parser.add_argument(
         "--table-scope",
@@ -84,7 +100,13 @@ def add_parser(commands: Any) -> None:
         default="tensor",
         help="lnq: learn a table per layer (tensor, default) or per output row",
     )
-    calibration = parser.add_argument_group("calibration, for gptq and lnq")
+    parser.add_argument(
+        "--hadamard",
+        action="store_true",
+        help="rotate the model first, which leaves what it computes as it is (Llama, Mistral, "
+        "Qwen2, Qwen3): outliers are spread; a head tied to the embedding gets a weight of its own",
+    )
+    calibration = parser.add_argument_group("calibration, for gptq, lnq and nfl")
     calibration.add_argument(
         "--calibration",
         metavar="TEXT",
@@ -104,6 +126,26 @@ def add_parser(commands: Any) -> None:
     calibration.add_argument(
         "--seed", type=int, default=0, metavar="N", help="which pieces of the text (default 0)"
     )
+    learning = parser.add_argument_group("learning, for nfl")
+    learning.add_argument(
+        "--learn-from",
+        choices=STARTS,
+        help="method to start from (default mse; nf is the original's way); of gptq and lnq the "
+        "codes are kept",
+    )
+    learning.add_argument("--learn-tables", action="store_true", help="learn the tables too")
+    learning.add_argument(
+        "--steps", type=int, metavar="N", help="per block (default: each sample is seen once)"
+    )
+    learning.add_argument(
+        "--batch", type=int, metavar="N", help=f"samples per step (default {LearnOptions.batch})"
+    )
+    learning.add_argument(
+        "--learning-rate",
+        type=float,
+        metavar="X",
+        help=f"relative change of a scale per step (default {LearnOptions.learning_rate:g})",
+    )
     parser.add_argument(
         "--scale-dtype", choices=list(SCALE_DTYPES), help="default: the model's own 16-bit dtype"
     )
@@ -121,8 +163,41 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def _bits(text: str) -> int | float:
+    number = float(text)
+    if number != int(number) and not NUM_BITS[0] < number < NUM_BITS[-1]:
+        raise argparse.ArgumentTypeError(f"{text} is not between {NUM_BITS[0]} and {NUM_BITS[-1]}")
+    if number == int(number) and int(number) not in NUM_BITS:
+        raise argparse.ArgumentTypeError(f"{text} is not one of {NUM_BITS}, nor between them")
+    return int(number) if number == int(number) else number
+
+
+def _widths(config: CheckpointConfig, shapes: Mapping[str, tuple[int, int]]) -> str:
+    """The bits of all layers: "3", or "3.25 (12 layers of 2, 40 of 3, 4 of 4)"."""
+    bits = {name: config.spec_of(name).num_bits for name in shapes}
+    counts = Counter(bits.values())
+    if len(counts) == 1:
+        return str(next(iter(counts)))
+    weights = {name: N * K for name, (N, K) in shapes.items()}
+    mean = sum(weights[name] * b for name, b in bits.items()) / sum(weights.values())
+    return f"{mean:.2f} ({', '.join(f'{n} layers of {b}' for b, n in sorted(counts.items()))})"
+
+
 def _group_size(text: str) -> int:
     return WHOLE_ROW if text == "row" else int(text)
+
+
+def _learn_options(args: argparse.Namespace) -> LearnOptions | None:
+    """What was said of learning; None if nothing was."""
+    given = {
+        "start": args.learn_from,
+        "steps": args.steps,
+        "batch": args.batch,
+        "learning_rate": args.learning_rate,
+        "tables": args.learn_tables or None,
+    }
+    said = {key: value for key, value in given.items() if value is not None}
+    return LearnOptions(**said) if said else None
 
 
 def _windows(args: argparse.Namespace) -> Tensor:
@@ -135,6 +210,25 @@ def _windows(args: argparse.Namespace) -> Tensor:
     return sample_windows(documents, tokenizer, args.samples, args.sequence, args.seed)
 
 
+def _choose_bits(
+    args: argparse.Namespace, options: QuantizeOptions, windows: Tensor
+) -> dict[str, int]:
+    """Bits of each layer, by what the model loses when it alone is quantised."""
+    from flute.cli.loading import load_model
+    from flute.mixed import choose_bits, measure_units
+    from flute.model import plan_model
+    from flute.rotation import rotate_model
+
+    model = load_model(args.model, pick_device(args.device))
+    if options.hadamard:
+        rotate_model(model)
+    plan = plan_model(model, options)
+    total = sum(N * K for N, K in plan.shapes.values())
+    with Bar("measuring layers", "weights", total) as bar:
+        units = measure_units(model, plan, windows, bar.advance)
+    return choose_bits(units, args.bits)
+
+
 def run(args: argparse.Namespace) -> int:
     """Quantise, and print what was done."""
     from flute.checkpoint import CheckpointReader
@@ -142,23 +236,37 @@ def run(args: argparse.Namespace) -> int:
     from flute.stream import quantize_checkpoint
 
     show_warnings_plainly()
+    base_bits = int(args.bits)
     options = QuantizeOptions(
-        args.bits,
+        base_bits,
         args.group_size,
         args.method,
         args.table,
         args.scale_dtype,
         args.skip,
         args.table_scope,
+        _learn_options(args),
+        hadamard=args.hadamard,
     )
-    check_calibration(args.method, args.calibration)
+    is_mixed = args.bits != base_bits
+    if not is_mixed or args.method in CALIBRATED:
+        check_calibration(args.method, args.calibration)
+    elif args.calibration is None:
+        raise CalibrationError(
+            f"--bits {args.bits} measures how much each layer matters: give --calibration TEXT, or "
+            f"a whole number of bits, one of {NUM_BITS}."
+        )
     start = time.perf_counter()
+    windows = _windows(args) if args.calibration else None
+    if is_mixed:
+        assert windows is not None, "checked above"
+        options = replace(options, bits_by_layer=_choose_bits(args, options, windows))
     with Bar("quantising", "weights") as bar:
         plan = quantize_checkpoint(
             args.model,
             args.out,
             options,
-            calibration=_windows(args) if args.calibration else None,
+            calibration=windows if args.method in CALIBRATED else None,
             overwrite=args.overwrite,
             device=pick_device(args.device),
             progress=bar,
@@ -189,7 +297,7 @@ def run(args: argparse.Namespace) -> int:
         ["weights", f"{num_weights / 1e6:.1f} M"],
         [
             "bits, group, method, table",
-            f"{config.num_bits}, {group}, {config.method}, {config.table}",
+            f"{_widths(config, plan.model_plan.shapes)}, {group}, {config.method}, {config.table}",
         ],
         *([f"dense: {name}", why] for name, why in list(plan.model_plan.dense.items())[:6]),
         ["size", f"{megabytes(before)} -> {megabytes(after)} ({before / after:.2f}x smaller)"],

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flute.blockwise import quantize_weight
 from flute.errors import FluteError, FormatError, UnsupportedProblemError
 from flute.format import QuantizedWeight, QuantSpec, check_scales
 from flute.integrations import bitsandbytes
@@ -24,7 +25,7 @@ from flute.integrations.accelerate import fetch, offload_hook, renew_hook
 from flute.linear import LutLinear
 from flute.methods import check_weight, quantize
 from flute.methods.absmax import round_to_table
-from flute.model import QuantizeOptions, quantize_weight
+from flute.model import QuantizeOptions
 from flute.reference import dequantize
 from flute.stream import (
     CheckpointPlan,

@@ -150,7 +150,7 @@ def convert_checkpoint(
         foreign = OriginalCheckpoint(reader, tile=tile)
     config = _name_modules(reader, foreign)
     job = {"config": config.to_dict(), "tile": tile, "requantize": requantize}
-    card = model_card(str(source), config, len(foreign.shapes))
+    card = model_card(str(source), config, foreign.shapes)
     written = write_checkpoint(
         destination,
         list(_units(reader, foreign)),

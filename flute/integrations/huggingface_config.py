@@ -78,7 +78,7 @@ class FluteConfig(QuantizationConfigMixin):  # type: ignore[misc]
             num_bits, group_size, method, table, scale_dtype, tuple(modules_to_not_convert or ())
         )
         if options.table_name == "custom" and table is not None:
-            options = replace(options, table=get_table(table, num_bits))
+            options = replace(options, table=get_table(table, num_bits, group_size))
         self.options: QuantizeOptions | None = options
         self.checkpoint: CheckpointConfig | None = None
 

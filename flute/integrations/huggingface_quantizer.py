@@ -31,6 +31,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
+from flute.blockwise import quantize_weight
 from flute.checkpoint import CHECKSUM_METADATA, tensor_bytes, verify_checksums
 from flute.errors import FluteError, FormatError, UnsupportedProblemError
 from flute.experts import PROJECTIONS, split_experts
@@ -43,7 +44,7 @@ from flute.integrations.huggingface_checks import (
 )
 from flute.integrations.huggingface_config import FluteConfig
 from flute.linear import LutLinear
-from flute.model import empty_lut_linear, matches, plan_model, quantize_weight
+from flute.model import empty_lut_linear, matches, plan_model
 from flute.pack import pack_codes
 from flute.prepare import prepare
 

@@ -23,6 +23,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.utils import set_weight_attrs
 
+from flute.blockwise import quantize_weight
 from flute.concat import concat_weights
 from flute.errors import CheckpointError, FormatError, UnsupportedProblemError
 from flute.format import (
@@ -34,7 +35,7 @@ from flute.format import (
 )
 from flute.integrations.vllm_layers import Shard, cut_rows
 from flute.integrations.vllm_order import in_device_order
-from flute.model import QuantizeOptions, fit_groups, quantize_weight
+from flute.model import QuantizeOptions, fit_groups
 from flute.ops import lut_gemm
 from flute.pack import pack_codes
 

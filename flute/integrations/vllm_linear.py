@@ -40,6 +40,7 @@ from vllm.model_executor.parameter import (
     PerTensorScaleParameter,
 )
 
+from flute.blockwise import quantize_weight
 from flute.concat import concat_weights
 from flute.errors import CheckpointError, FormatError
 from flute.format import (
@@ -61,7 +62,7 @@ from flute.integrations.vllm_layers import (
     stays_dense,
 )
 from flute.integrations.vllm_order import in_device_order
-from flute.model import QuantizeOptions, fit_groups, quantize_weight
+from flute.model import QuantizeOptions, fit_groups
 from flute.ops import lut_gemm
 from flute.pack import pack_codes
 

@@ -36,6 +36,29 @@ def quantize(
     return QuantizedWeight(round_to_table(groups, scales, table), scales, table, spec)
 
 
+def quantize_signed(
+    weight: Tensor, spec: QuantSpec, table: Tensor, scale_dtype: torch.dtype
+) -> QuantizedWeight:
+    """Quantise each group by the scale that takes its largest weight, sign included, to 1.
+
+    Args:
+        weight: fp32, shape (N, K).
+        spec: bits and group size; K is a multiple of the group.
+        table: fp32, shape (1 | N, 2**num_bits), whose largest entry is 1.
+        scale_dtype: dtype of the scales; codes are chosen for the scale as stored.
+
+    Returns:
+        The codes, scales (some of them negative) and table.
+
+    Reference: Blumenberg et al. 2025, arXiv 2505.06653 (BOF4-S).
+    """
+    N, K = weight.shape
+    groups = weight.view(N, spec.num_groups(K), spec.group_length(K))
+    largest = groups.gather(2, groups.abs().argmax(2, keepdim=True)).squeeze(2)
+    scales = storable_scales(largest, scale_dtype)
+    return QuantizedWeight(round_to_table(groups, scales, table), scales, table, spec)
+
+
 def reach_of(table: Tensor) -> Tensor:
     """Return how far each row of a table reaches to both sides of zero, shape (1 | N,)."""
     ends = torch.stack((-table.amin(1), table.amax(1)))

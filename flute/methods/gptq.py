@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flute.format import WHOLE_ROW, QuantizedWeight, QuantSpec
 from flute.methods.absmax import storable_scales
-from flute.methods.fit import fit_table
+from flute.methods.fit import fit_table, sample_rows
 from flute.methods.hessian import DAMPING, check_hessian, factored
 from flute.methods.mse import group_scales
 from flute.methods.nearest import midpoints
@@ -38,6 +38,7 @@ def quantize(
     scale_dtype: torch.dtype,
     *,
     damping: float = DAMPING,
+    name: str = "the layer",
     reorder: bool = True,
 ) -> QuantizedWeight:
     """Quantise by error feedback, with scales of least squared error.
@@ -49,6 +50,7 @@ def quantize(
         table: fp32, shape (1 | N, 2**num_bits); None fits one to this weight (`fit_table`).
         scale_dtype: dtype of the scales; codes are chosen for the scale as stored.
         damping: added to the Hessian's diagonal, as a share of its mean.
+        name: of the layer, for the warning that its damping had to be raised.
         reorder: round the groups of the most active columns first, and within each group its most
             active columns. Groups stay whole, so nothing of it is left in the result.
 
@@ -64,10 +66,10 @@ def quantize(
     check_hessian(hessian, K)
     length = spec.group_length(K)
     if table is None:
-        start = get_table("nf", spec.num_bits).to(weight.device)
-        table = fit_table(weight, spec, start, hessian.diagonal())
+        start = get_table("bof-s", spec.num_bits, spec.group_size).to(weight.device)
+        table = fit_table(weight[sample_rows(N, K)], spec, start, hessian.diagonal())
     order, group_order = _column_order(hessian, length, reorder)
-    _, upper = factored(hessian[order][:, order], damping)
+    _, upper, _ = factored(hessian[order][:, order], damping, name)
     entries, code_of_rank = table.sort(dim=1, stable=True)
     bounds = midpoints(entries)
     rest, whole = weight[:, order], QuantSpec(spec.num_bits, WHOLE_ROW)

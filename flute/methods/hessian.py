@@ -50,8 +50,12 @@ def damped(hessian: Tensor, damping: float = DAMPING) -> Tensor:
     return scaled
 
 
-def factored(hessian: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
-    """Return the damped Hessian and the upper Cholesky factor U of its inverse, ``H^-1 = U' U``.
+def factored(
+    hessian: Tensor, damping: float = DAMPING, name: str = "the layer"
+) -> tuple[Tensor, Tensor, float]:
+    """Return the damped Hessian, the upper Cholesky factor U of its inverse, and the damping used.
+
+    ``H^-1 = U' U``.
 
     Where rounding leaves the Hessian without such a factor, the damping is raised tenfold until it
     has one; a warning says so.
@@ -66,11 +70,11 @@ def factored(hessian: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]
         if upper is not None:
             if used > damping:
                 warnings.warn(
-                    f"The Hessian is not positive definite with damping {damping:g}; raised to "
-                    f"{used:g}. More calibration text helps.",
+                    f"The Hessian of {name} is not positive definite with damping {damping:g}; "
+                    f"raised to {used:g}. More calibration text (`--samples`) helps.",
                     stacklevel=3,
                 )
-            return full, upper
+            return full, upper, used
         used = max(10 * used, 1e-4)
     raise FormatError(
         f"`hessian` is not positive definite, even with damping {_MAX_DAMPING:g}; expected the sum "

@@ -22,7 +22,7 @@ from flute.format import QuantizedWeight, QuantSpec
 from flute.methods import gptq
 from flute.methods.absmax import storable_scales
 from flute.methods.gptq import entry_of, ranks_of
-from flute.methods.hessian import DAMPING, factored
+from flute.methods.hessian import DAMPING, check_hessian, factored
 from flute.methods.nearest import midpoints
 
 _ROUNDS = 4
@@ -46,6 +46,7 @@ def quantize(
     *,
     per_row: bool = False,
     damping: float = DAMPING,
+    name: str = "the layer",
 ) -> QuantizedWeight:
     """Quantise by alternating least squares and coordinate descent.
 
@@ -57,6 +58,7 @@ def quantize(
         scale_dtype: dtype of the scales; codes are chosen for the scale as stored.
         per_row: learn a table for each row instead of one for the matrix.
         damping: added to the Hessian's diagonal, as a share of its mean.
+        name: of the layer, for the warning that its damping had to be raised.
 
     Returns:
         The codes, scales (some of them negative) and the table, shape (N, 2**num_bits) if
@@ -68,8 +70,9 @@ def quantize(
     Reference: Kim et al. 2025 (GuidedQuant), arXiv 2505.07004, section 4; the scales are ours.
     """
     N = len(weight)
-    start = gptq.quantize(weight, hessian, spec, table, scale_dtype, damping=damping)
-    full, _ = factored(hessian, damping)
+    check_hessian(hessian, weight.shape[1])
+    full, _, used = factored(hessian, damping, name)
+    start = gptq.quantize(weight, hessian, spec, table, scale_dtype, damping=used, name=name)
     entries, code_of_rank = start.table.sort(dim=1, stable=True)
     rank_of_code = code_of_rank.argsort(dim=1)
     ranks = rank_of_code.expand(N, -1).gather(1, start.codes.long())

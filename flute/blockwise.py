@@ -1,0 +1,154 @@
+"""The layers of a model, quantised as a plan says: one by itself, or a decoder block of them.
+
+    quantize_weight    a weight -> codes, scales, table                       methods without data
+    quantize_block     a block that a `BlockWalk` is at -> the same of each layer      with data
+
+Models in memory, checkpoints on disk and quantise-on-load all come here, so that they agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from flute.calibration import Block, BlockWalk, explain_out_of_memory
+from flute.errors import FormatError
+from flute.format import SCALE_DTYPES, CheckpointConfig, QuantizedWeight
+from flute.methods import (
+    BY_HESSIAN,
+    CALIBRATED,
+    METHODS,
+    check_weight,
+    quantize_calibrated,
+    resolve_table,
+    table_for,
+)
+from flute.methods.fit import sample_rows
+from flute.tables import TableLike
+from flute.training import LearnOptions, learn_block
+
+
+def quantize_weight(
+    weight: Tensor,
+    name: str,
+    config: CheckpointConfig,
+    table: TableLike | None,
+    *,
+    first_row: int = 0,
+) -> QuantizedWeight:
+    """Quantise the weight of the layer ``name`` as its plan says, on the weight's device.
+
+    Args:
+        weight: fp16, bf16 or fp32, shape (N, K).
+        name: full module name; messages carry it, overrides are looked up by it.
+        config: from `plan_model`.
+        table: as in `QuantizeOptions`; None fits one to these rows if the method does so.
+        first_row: where these rows start in the whole weight, for messages.
+
+    Raises:
+        FormatError: NaN or Inf, or a dtype that cannot be quantised; the message names the tensor.
+    """
+    if config.method in CALIBRATED:
+        raise FormatError(
+            f"method={config.method!r} needs calibration text: use `flute quantize --calibration`, "
+            "or `flute.quantize_model(model, ..., calibration=windows)`."
+        )
+    check_weight(weight, f"{name}.weight", first_row)
+    spec = config.spec_of(name)
+    dense, scale_dtype = weight.detach().float().contiguous(), SCALE_DTYPES[config.scale_dtype]
+    entries = table_for(config.method, dense[sample_rows(*dense.shape)], spec, table)
+    try:
+        return METHODS[config.method](dense, spec, entries, scale_dtype)
+    except FormatError as error:
+        raise FormatError(f"`{name}.weight`: {error}") from error
+
+
+def quantize_block(
+    walk: BlockWalk,
+    block: Block,
+    weights: Mapping[str, Tensor],
+    config: CheckpointConfig,
+    table: TableLike | None,
+    learn: LearnOptions | None = None,
+) -> dict[str, QuantizedWeight]:
+    """Quantise the layers of the decoder block that a walk is at; it still has dense weights.
+
+    Args:
+        walk: keeps the dense stream if ``learn`` is given.
+        block: the block.
+        weights: layer name -> weight, shape (N, K), on the walk's device.
+        config: from `plan_model`.
+        table: as in `QuantizeOptions`.
+        learn: how method "nfl" learns.
+
+    Raises:
+        FormatError: NaN or Inf, or a Hessian that cannot be used; the message names the layer.
+        CalibrationError: NaN or Inf in the inputs of a layer, or out of memory.
+    """
+    if learn is None:
+        return quantize_by_hessian(weights, walk.hessians(block), config, table)
+    walk.advance_dense(block)
+    basis = replace(config, method=learn.start)
+    if learn.start in BY_HESSIAN:
+        start = quantize_by_hessian(weights, walk.hessians(block), basis, table)
+    else:
+        start = {
+            name: quantize_weight(weight, name, basis, table) for name, weight in weights.items()
+        }
+    return learn_block(walk, block, weights, start, learn)
+
+
+def quantize_by_hessian(
+    weights: Mapping[str, Tensor],
+    hessians: Mapping[str, Tensor],
+    config: CheckpointConfig,
+    table: TableLike | None,
+) -> dict[str, QuantizedWeight]:
+    """Quantise the layers of a decoder block against their Hessians.
+
+    On the CPU a layer per thread, each thread running torch on one core: the steps are small, and
+    torch's own threads would wait for each other in each of them.
+
+    Args:
+        weights: layer name -> weight, shape (N, K).
+        hessians: layer name -> sum of x x' over its inputs, shape (K, K), on the weight's device.
+        config: from `plan_model`.
+        table: as in `QuantizeOptions`.
+
+    Raises:
+        FormatError: NaN or Inf, or a Hessian that cannot be used; the message names the layer.
+    """
+
+    def one(name: str) -> QuantizedWeight:
+        weight, spec = weights[name], config.spec_of(name)
+        check_weight(weight, f"{name}.weight")
+        given = None
+        if table is not None:
+            given = resolve_table(config.method, table, spec.num_bits, spec.group_size)
+        fewer = "Leave the layer dense (`--skip`), or use `--method mse`"
+        advice = f"{fewer}." if weight.device.type == "cpu" else f"{fewer}, or `--device cpu`."
+        try:
+            with explain_out_of_memory(f"quantising `{name}` on {weight.device}", advice):
+                return quantize_calibrated(
+                    weight.detach().float().contiguous(),
+                    hessians[name],
+                    spec,
+                    None if given is None else given.to(weight.device),
+                    SCALE_DTYPES[config.scale_dtype],
+                    method=config.method,
+                    per_row=config.table_scope == "row",
+                    name=f"`{name}`",
+                )
+        except FormatError as error:
+            raise FormatError(f"`{name}`: {error}") from error
+
+    names = sorted(weights, key=lambda name: -weights[name].numel())
+    num_threads = torch.get_num_threads()
+    if num_threads == 1 or any(weight.device.type != "cpu" for weight in weights.values()):
+        return {name: one(name) for name in names}
+    with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return dict(zip(names, pool.map(one, names), strict=True))
