@@ -33,6 +33,7 @@ class MmaConfig:
     tiles: int = 2  # of a warp, 16 rows each
     chunks: int = 1  # of a stage, 64 k each
     stages: int = 4  # of x and weights: one in use, the others in flight
+    ahead: bool = False  # look up a chunk ahead of its use; needs 3 stages
     min_blocks: int = 1  # blocks per SM that registers must allow
     scale_sums: bool = True  # scales multiply sums, in fp32; else weights, which are rounded
 
@@ -107,8 +108,8 @@ def supports(plan: MmaPlan, m: int, n: int, k: int, gpu: Gpu) -> str:
         return f"chunks={c.chunks} must be 1, 2 or 4, and a multiple of warps_k={c.warps_k}"
     if c.warps_n * c.warps_k > 16:
         return f"warps_n={c.warps_n} * warps_k={c.warps_k} exceed 16 warps"
-    if c.stages < 2:
-        return "a stage is filled while another is used"
+    if c.stages < 2 + c.ahead:
+        return f"stages={c.stages}: one is filled while {1 + c.ahead} are used"
     if c.smem_bytes * c.min_blocks > gpu.smem_bytes - 1024 * (c.min_blocks - 1):
         return f"{c.min_blocks} * {c.smem_bytes} bytes of shared memory exceed {gpu.smem_bytes}"
     return ""
@@ -289,8 +290,11 @@ def _plans(problem: Problem, gpu: Gpu) -> Iterator[MmaPlan]:
             for stages in (4, 3, 2):  # as many as fit
                 config = replace(shape, stages=stages)
                 if config.smem_bytes <= gpu.smem_bytes:
-                    yield MmaPlan(config)
-                    yield MmaPlan(config, parts=False)
+                    # Why: 16 warps have 128 registers each.
+                    may = stages > 2 and (tokens == 16 or warps_n * warps_k <= 8)
+                    for ahead in (True, False) if may else (False,):
+                        yield MmaPlan(replace(config, ahead=ahead))
+                        yield MmaPlan(replace(config, ahead=ahead), parts=False)
                     break
 
 
