@@ -290,8 +290,9 @@ def _plans(problem: Problem, gpu: Gpu) -> Iterator[MmaPlan]:
             for stages in (4, 3, 2):  # as many as fit
                 config = replace(shape, stages=stages)
                 if config.smem_bytes <= gpu.smem_bytes:
-                    # Why: 16 warps have 128 registers each.
-                    may = stages > 2 and (tokens == 16 or warps_n * warps_k <= 8)
+                    # Why: 16 warps have 128 registers each, 8 warps 255.
+                    narrow = tokens > 16 and warps_n * warps_k > 8
+                    may = stages > 2 and not narrow and not (row_tables and tiles > 2)
                     for ahead in (True, False) if may else (False,):
                         yield MmaPlan(replace(config, ahead=ahead))
                         yield MmaPlan(replace(config, ahead=ahead), parts=False)
