@@ -227,26 +227,29 @@ def predicted_us(plan: MmaPlan, m: int, n: int, k: int, gpu: Gpu) -> float:
         k: input features.
         gpu: where it runs.
     """
-    c, work = plan.config, work_of(plan, m, n, k, gpu)
+    c = plan.config
     rates = _RATES.get("".join(filter(str.isdigit, gpu.arch)), _RATES["80"])
     columns = c.tokens / 8
-    lookups = 9.0 if c.row_tables else 2.0 * 2 if c.num_bits == 2 else 4.0
+    lookups = 9.0 if c.row_tables else 4.0
     tensor = columns * rates.mma
     shared = lookups + c.num_bits / 4 + 2 * columns / c.tiles
     scaling = columns if c.scale_sums else 4.0 if c.dtype == c.scale_dtype else 24.0
-    issue = (3.2 * lookups + columns + columns / 2 / c.tiles + scaling * (c.group_size > 0)) / 3
+    addresses = lookups / 2 if c.num_bits == 2 and not c.row_tables else lookups
+    issue = (3.2 * addresses + columns + columns / 2 / c.tiles + scaling * (c.group_size > 0)) / 3
     memory = (32 * c.num_bits + 32 * c.tokens / c.unit_tiles / 4) / rates.dram
     parts = (tensor, shared, issue, memory)
     clocks = 0.75 * max(parts) + 0.25 * sum(parts)
-    warps = c.warps_n * c.warps_k
+    narrow = c.warps_n * c.warps_k <= 8
     steps = padded_k(k) // CHUNK_K // c.chunks
-    step_clocks = clocks * 4 * c.chunks * c.unit_tiles + _STEP_CLOCKS * (1 if warps <= 8 else 0.5)
-    units = work.row_blocks * work.token_tiles
-    each = units * steps / work.pieces if plan.parts else -(-units // work.pieces) * steps
-    us = _LAUNCH_US + each * step_clocks / rates.ghz / 1e3
-    if work.parted:  # written, and read again, at half of what the L2 gives
-        us += _SUM_US + 4 * scratch_floats(plan, work) / work.pieces / 16 / rates.ghz / 1e3
-    return us
+    step_clocks = clocks * 4 * c.chunks * c.unit_tiles + _STEP_CLOCKS * (1 if narrow else 0.5)
+    units = -(-n // (TILE_N * c.unit_tiles)) * -(-m // c.tokens)
+    blocks = gpu.num_sms * c.min_blocks
+    if not plan.parts or units % blocks == 0:
+        return _LAUNCH_US + -(-units // blocks) * steps * step_clocks / rates.ghz / 1e3
+    pieces = min(units * steps, blocks)
+    us = _LAUNCH_US + _SUM_US + units * steps / pieces * step_clocks / rates.ghz / 1e3
+    # Two parts to a piece are written, and read again, at half of what the L2 gives.
+    return us + 2 * c.tokens * c.unit_tiles * TILE_N * 4 / 16 / rates.ghz / 1e3
 
 
 def candidates(problem: Problem, gpu: Gpu) -> list[MmaPlan]:
@@ -258,7 +261,17 @@ def candidates(problem: Problem, gpu: Gpu) -> list[MmaPlan]:
     """
     m, n, k = problem[-3:]
     plans = dict.fromkeys(plan for plan in _plans(problem, gpu) if not supports(plan, m, n, k, gpu))
+    m = ranked_tokens(m)
     return sorted(plans, key=lambda plan: predicted_us(plan, m, n, k, gpu))  # stable
+
+
+def ranked_tokens(m: int) -> int:
+    """Return the tokens by whose cost plans are ordered: the next of those compiled ahead.
+
+    So no number of tokens needs a kernel that `flute.prepare` has not compiled.
+    """
+    step = 8 if m <= 512 else 128
+    return -(-m // step) * step
 
 
 _SHAPES = {
