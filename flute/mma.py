@@ -33,6 +33,7 @@ class MmaConfig:
     tiles: int = 2  # of a warp, 16 rows each
     chunks: int = 1  # of a stage, 64 k each
     stages: int = 4  # of x and weights: one in use, the others in flight
+    ahead: bool = False  # look up a chunk ahead of its use; needs 3 stages
     min_blocks: int = 1  # blocks per SM that registers must allow
     scale_sums: bool = True  # scales multiply sums, in fp32; else weights, which are rounded
 
@@ -107,8 +108,8 @@ def supports(plan: MmaPlan, m: int, n: int, k: int, gpu: Gpu) -> str:
         return f"chunks={c.chunks} must be 1, 2 or 4, and a multiple of warps_k={c.warps_k}"
     if c.warps_n * c.warps_k > 16:
         return f"warps_n={c.warps_n} * warps_k={c.warps_k} exceed 16 warps"
-    if c.stages < 2:
-        return "a stage is filled while another is used"
+    if c.stages < 2 + c.ahead:
+        return f"stages={c.stages}: one is filled while {1 + c.ahead} are used"
     if c.smem_bytes * c.min_blocks > gpu.smem_bytes - 1024 * (c.min_blocks - 1):
         return f"{c.min_blocks} * {c.smem_bytes} bytes of shared memory exceed {gpu.smem_bytes}"
     return ""
@@ -226,26 +227,29 @@ def predicted_us(plan: MmaPlan, m: int, n: int, k: int, gpu: Gpu) -> float:
         k: input features.
         gpu: where it runs.
     """
-    c, work = plan.config, work_of(plan, m, n, k, gpu)
+    c = plan.config
     rates = _RATES.get("".join(filter(str.isdigit, gpu.arch)), _RATES["80"])
     columns = c.tokens / 8
-    lookups = 9.0 if c.row_tables else 2.0 * 2 if c.num_bits == 2 else 4.0
+    lookups = 9.0 if c.row_tables else 4.0
     tensor = columns * rates.mma
     shared = lookups + c.num_bits / 4 + 2 * columns / c.tiles
     scaling = columns if c.scale_sums else 4.0 if c.dtype == c.scale_dtype else 24.0
-    issue = (3.2 * lookups + columns + columns / 2 / c.tiles + scaling * (c.group_size > 0)) / 3
+    addresses = lookups / 2 if c.num_bits == 2 and not c.row_tables else lookups
+    issue = (3.2 * addresses + columns + columns / 2 / c.tiles + scaling * (c.group_size > 0)) / 3
     memory = (32 * c.num_bits + 32 * c.tokens / c.unit_tiles / 4) / rates.dram
     parts = (tensor, shared, issue, memory)
     clocks = 0.75 * max(parts) + 0.25 * sum(parts)
-    warps = c.warps_n * c.warps_k
+    narrow = c.warps_n * c.warps_k <= 8
     steps = padded_k(k) // CHUNK_K // c.chunks
-    step_clocks = clocks * 4 * c.chunks * c.unit_tiles + _STEP_CLOCKS * (1 if warps <= 8 else 0.5)
-    units = work.row_blocks * work.token_tiles
-    each = units * steps / work.pieces if plan.parts else -(-units // work.pieces) * steps
-    us = _LAUNCH_US + each * step_clocks / rates.ghz / 1e3
-    if work.parted:  # written, and read again, at half of what the L2 gives
-        us += _SUM_US + 4 * scratch_floats(plan, work) / work.pieces / 16 / rates.ghz / 1e3
-    return us
+    step_clocks = clocks * 4 * c.chunks * c.unit_tiles + _STEP_CLOCKS * (1 if narrow else 0.5)
+    units = -(-n // (TILE_N * c.unit_tiles)) * -(-m // c.tokens)
+    blocks = gpu.num_sms * c.min_blocks
+    if not plan.parts or units % blocks == 0:
+        return _LAUNCH_US + -(-units // blocks) * steps * step_clocks / rates.ghz / 1e3
+    pieces = min(units * steps, blocks)
+    us = _LAUNCH_US + _SUM_US + units * steps / pieces * step_clocks / rates.ghz / 1e3
+    # Two parts to a piece are written, and read again, at half of what the L2 gives.
+    return us + 2 * c.tokens * c.unit_tiles * TILE_N * 4 / 16 / rates.ghz / 1e3
 
 
 def candidates(problem: Problem, gpu: Gpu) -> list[MmaPlan]:
@@ -257,7 +261,17 @@ def candidates(problem: Problem, gpu: Gpu) -> list[MmaPlan]:
     """
     m, n, k = problem[-3:]
     plans = dict.fromkeys(plan for plan in _plans(problem, gpu) if not supports(plan, m, n, k, gpu))
+    m = ranked_tokens(m)
     return sorted(plans, key=lambda plan: predicted_us(plan, m, n, k, gpu))  # stable
+
+
+def ranked_tokens(m: int) -> int:
+    """Return the tokens by whose cost plans are ordered: the next of those compiled ahead.
+
+    So no number of tokens needs a kernel that `flute.prepare` has not compiled.
+    """
+    step = 8 if m <= 512 else 128
+    return -(-m // step) * step
 
 
 _SHAPES = {
@@ -289,8 +303,12 @@ def _plans(problem: Problem, gpu: Gpu) -> Iterator[MmaPlan]:
             for stages in (4, 3, 2):  # as many as fit
                 config = replace(shape, stages=stages)
                 if config.smem_bytes <= gpu.smem_bytes:
-                    yield MmaPlan(config)
-                    yield MmaPlan(config, parts=False)
+                    # Why: 16 warps have 128 registers each, 8 warps 255.
+                    narrow = tokens > 16 and warps_n * warps_k > 8
+                    may = stages > 2 and not narrow and not (row_tables and tiles > 2)
+                    for ahead in (True, False) if may else (False,):
+                        yield MmaPlan(replace(config, ahead=ahead))
+                        yield MmaPlan(replace(config, ahead=ahead), parts=False)
                     break
 
 

@@ -12,12 +12,14 @@ from test_config import GPUS, random_problem
 
 from flute import batch
 from flute.config import Gpu, Problem
+from flute.launchers import PREPARED_M
 from flute.mma import (
     TOKENS,
     MmaConfig,
     MmaPlan,
     candidates,
     predicted_us,
+    ranked_tokens,
     scratch_floats,
     sum_blocks,
     supports,
@@ -41,7 +43,7 @@ def test_every_problem_has_plans_and_they_are_supported(gpu):
             assert supports(plan, m, n, k, gpu) == ""
             assert plan.config.smem_bytes <= gpu.smem_bytes
             assert 4 * scratch_floats(plan, work_of(plan, m, n, k, gpu)) <= MOST_SCRATCH
-        times = [predicted_us(plan, m, n, k, gpu) for plan in plans]
+        times = [predicted_us(plan, ranked_tokens(m), n, k, gpu) for plan in plans]
         assert times == sorted(times)
 
 
@@ -54,7 +56,8 @@ def test_every_problem_has_plans_and_they_are_supported(gpu):
         ({"chunks": 3}, 4096, r"chunks=3 must be 1, 2 or 4"),
         ({"chunks": 2, "warps_k": 4}, 4096, r"a multiple of warps_k=4"),
         ({"chunks": 4, "warps_k": 4}, 4096, r"warps_n=8 \* warps_k=4 exceed 16 warps"),
-        ({"stages": 1}, 4096, r"a stage is filled while another is used"),
+        ({"stages": 1}, 4096, r"stages=1: one is filled while 1 are used"),
+        ({"stages": 2, "ahead": True}, 4096, r"stages=2: one is filled while 2 are used"),
         ({"stages": 19}, 4096, r"1 \* \d+ bytes of shared memory exceed 166912"),
         ({"stages": 4, "min_blocks": 2}, 4096, r"2 \* \d+ bytes of shared memory exceed 166912"),
     ],
@@ -119,6 +122,15 @@ def test_the_dispatcher_by_tokens(gpu):
     assert [kind(m) for m in (1, 8, 9, 97, 2048)] == [Plan, Plan, *[MmaPlan] * 3]
     assert kind(2049) is DensePlan
     assert [kind(m, 4096, 4096) for m in (16, 17)] == [Plan, MmaPlan]
+
+
+@pytest.mark.parametrize(("n", "k"), [(6144, 4096), (28672, 4096), (4096, 14336)])
+def test_every_number_of_tokens_takes_a_kernel_compiled_ahead(n, k):
+    def plan(m):
+        return default_plan(Problem(4, 128, "float16", "float16", False, m, n, k), A100)
+
+    ahead = {plan(m).config for m in PREPARED_M}
+    assert {plan(m).config for m in (*range(9, 160), *range(161, 2048, 17))} <= ahead
 
 
 def test_hopper_takes_them_when_told_to(monkeypatch):

@@ -150,20 +150,28 @@ def name(case):
 
 
 @needs_compiler
-@pytest.mark.parametrize("parts", [True, False], ids=["parts", "whole"])
-@pytest.mark.parametrize(
-    "case", CASES, ids=lambda case: f"{case[1]} bits, {case[0]['tokens']} tokens"
-)
-def test_products_are_exact(case, parts, tmp_path, driver):
+@pytest.mark.parametrize("ahead", [True, False], ids=["parts, ahead", "whole"])
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_products_are_exact(case, ahead, tmp_path, driver):
     changes, num_bits, group, *rest = case
-    plan = MmaPlan(replace(MmaConfig(), **changes), parts)
-    check(plan, QuantSpec(num_bits, group), *rest, tmp_path)
+    config = replace(MmaConfig(), **changes)
+    config = replace(config, ahead=ahead and config.stages > 2)
+    check(MmaPlan(config, parts=ahead), QuantSpec(num_bits, group), *rest, tmp_path)
+
+
+@needs_compiler
+def test_whole_units_ahead(tmp_path, driver):
+    """A piece of several units: what was looked up past a unit's end must not be used."""
+    plan = MmaPlan(MmaConfig(tokens=16, ahead=True, stages=3), parts=False)
+    gpu = replace(FEW_SMS, num_sms=2)
+    sizes = (40, 400, 256)
+    check(plan, QuantSpec(4, 64), F16, F16, (160, 400), True, *sizes, tmp_path, gpu)
 
 
 @needs_compiler
 @pytest.mark.parametrize("num_bits", [2, 3, 4])
 def test_no_bank_conflicts(num_bits, tmp_path, driver):
-    plan = MmaPlan(MmaConfig(tokens=32, stages=3))
+    plan = MmaPlan(MmaConfig(tokens=32, stages=3, ahead=True))
     sizes = (40, 256, 1024)
     _, counts = check(plan, QuantSpec(num_bits, 128), F16, F16, "one", False, *sizes, tmp_path)
     reads, writes, matrices = counts[0] / counts[1]

@@ -22,11 +22,38 @@ FLUTE_DEVICE void build_row_tables(u32 smem_table, const float* tables, int tile
   }
 }
 
+// The fragments of step `st` of a chunk, from its words. The tables are decode.cuh's, half the size
+// of batch.cuh's: shared memory is short on most GPUs.
+template <class D>
+FLUTE_DEVICE void look_up_step(u32 (&a)[4], const u32 (&words)[D::Table::kWords], int st, u32 table,
+                               u32 offset) {
+  if constexpr (D::kRowTables || D::kBits == 3) {
+    u32 bytes[D::Steps::kWords];
+    D::Steps::split(bytes, words);
+    D::Steps::template fragments<D::kRowTables>(a, bytes, st, table, offset);
+  } else if constexpr (D::kBits == 4) {
+    const u32 w = words[st], mask = D::Table::kMask;
+    a[0] = ptx::ld_table(table + ((w & mask) | offset));
+    a[1] = ptx::ld_table(table + (((w >> 8) & mask) | offset));
+    a[2] = ptx::ld_table(table + (((w >> 16) & mask) | offset));
+    a[3] = ptx::ld_table(table + ((__funnelshift_l(w, w, 8) & mask) | offset));
+  } else {
+    const u32 w = words[st / 2], mask = D::Table::kMask;
+    const u32 first = st % 2 ? w >> 16 : w, second = st % 2 ? __funnelshift_l(w, w, 8) : w >> 8;
+    ptx::ld_table_v2(a[0], a[1], table + ((first & mask) | offset));
+    ptx::ld_table_v2(a[2], a[3], table + ((second & mask) | offset));
+  }
+}
+
+// One warp. Of its chunk in hand, the fragments and scales are in registers. With kAhead they are
+// looked up while the chunk before is multiplied, a step into the registers of the step just used:
+// else all warps would look up while the tensor cores wait.
 template <class D>
 struct MmaWarp {
   static constexpr int kGroups = D::kGroup == 32 ? 2 : 1;  // of a chunk
   const u32 table, offset, x_lane;
   const int warp_n, warp_k, lane;
+  u32 a[D::kTiles][4][4], scale[D::kTiles][kGroups][2];
 
   // ptxas computes what depends on the thread index anew wherever it is used, but for shuffled
   // values (decode.cuh).
@@ -44,34 +71,54 @@ struct MmaWarp {
         warp_k(warp / D::kWarpsN),
         lane(lane) {}
 
-  // The fragments of a chunk of tile `r`.
-  FLUTE_DEVICE void look_up(u32 (&a)[4][4], u32 chunk_at, int r) const {
-    u32 words[D::Table::kWords];
-    D::Table::load(words, chunk_at, lane);
-    if constexpr (D::kRowTables) {
-      u32 bytes[D::Steps::kWords];
-      D::Steps::split(bytes, words);
+  FLUTE_DEVICE void load_words(u32 (&words)[D::kTiles][D::Table::kWords], u32 stage,
+                               int chunk) const {
 #pragma unroll
-      for (int st = 0; st < 4; st++)
-        D::Steps::template fragments<true>(
-            a[st], bytes, st, table + (warp_n * D::kTiles + r) * D::kRowTableBytes, offset);
-    } else {
-      D::Table::fragments(a, words, table, offset);
-    }
+    for (int r = 0; r < D::kTiles; r++)
+      D::Table::load(words[r],
+                     stage + D::kWeightOffset + (warp_n * D::kTiles + r) * D::kTileBytes +
+                         chunk * D::Table::kChunkBytes,
+                     lane);
+  }
+
+  FLUTE_DEVICE void look_up(const u32 (&words)[D::kTiles][D::Table::kWords], int st) {
+#pragma unroll
+    for (int r = 0; r < D::kTiles; r++)
+      look_up_step<D>(a[r][st], words[r], st,
+                      table + (D::kRowTables ? (warp_n * D::kTiles + r) * D::kRowTableBytes : 0),
+                      offset);
   }
 
   // Rows g and g + 8 of a group: fp32 bits, or a pair of equal values to multiply weights with.
-  FLUTE_DEVICE void load_scales(u32 (&scale)[2], u32 address) const {
-    if constexpr (D::kScaleWeights && D::kSameDtype) {
-      const u32 s = ptx::ld_shared(address);
-      scale[0] = __byte_perm(s, s, 0x1010);
-      scale[1] = __byte_perm(s, s, 0x3232);
-    } else {
-      float lo, hi;
-      D::Scale::load_pair(lo, hi, address);
-      scale[0] = __float_as_uint(lo);
-      scale[1] = __float_as_uint(hi);
-    }
+  FLUTE_DEVICE void load_scales(u32 (&to)[D::kTiles][kGroups][2], u32 stage, int chunk) const {
+    if constexpr (D::kGroup != 0)
+#pragma unroll
+      for (int r = 0; r < D::kTiles; r++)
+#pragma unroll
+        for (int i = 0; i < kGroups; i++) {
+          const int group = D::kGroups == 1 ? 0 : chunk * 4 / D::kGroupSteps + i;
+          const u32 address = stage + D::kScaleOffset + (warp_n * D::kTiles + r) * D::kScaleBytes +
+                              ((lane >> 2) * 2 + group * 16) * D::Scale::kBytes;
+          if constexpr (D::kScaleWeights && D::kSameDtype) {
+            const u32 s = ptx::ld_shared(address);
+            to[r][i][0] = __byte_perm(s, s, 0x1010);
+            to[r][i][1] = __byte_perm(s, s, 0x3232);
+          } else {
+            float lo, hi;
+            D::Scale::load_pair(lo, hi, address);
+            to[r][i][0] = __float_as_uint(lo);
+            to[r][i][1] = __float_as_uint(hi);
+          }
+        }
+  }
+
+  // Have the first chunk of a stage in hand.
+  FLUTE_DEVICE void begin(u32 stage) {
+    u32 words[D::kTiles][D::Table::kWords];
+    load_words(words, stage, warp_k);
+    load_scales(scale, stage, warp_k);
+#pragma unroll
+    for (int st = 0; st < 4; st++) look_up(words, st);
   }
 
   // Two weights times their scale, rounded once: what `dequantize` gives.
@@ -83,68 +130,79 @@ struct MmaWarp {
     return lo | hi << 16;
   }
 
-  FLUTE_DEVICE void run(float (&acc)[D::kTiles][D::kColumns][4], u32 stage) const {
+  // Multiply this warp's chunks of a stage. With kAhead the first one of `next` is in hand after
+  // it; what lies there may be of another unit, or nothing: then `begin` comes again.
+  FLUTE_DEVICE void run(float (&acc)[D::kTiles][D::kColumns][4], u32 stage, u32 next) {
+    constexpr int kCount = D::kChunks / D::kWarpsK;
 #pragma unroll
-    for (int j = 0; j < D::kChunks / D::kWarpsK; j++) {
+    for (int j = 0; j < kCount; j++) {
       const int chunk = j * D::kWarpsK + warp_k;
-      u32 a[D::kTiles][4][4], scale[D::kTiles][kGroups][2];
+      const u32 x = stage + chunk * D::kXChunkBytes;
+      float sum[D::kTiles][D::kScaleSums ? D::kColumns : 1][4];
+      if constexpr (D::kAhead) {
+        const u32 from = j + 1 < kCount ? stage : next;
+        const int after = j + 1 < kCount ? chunk + D::kWarpsK : warp_k;
+        u32 words[D::kTiles][D::Table::kWords], scale_after[D::kTiles][kGroups][2];
+        load_words(words, from, after);
+        load_scales(scale_after, from, after);
 #pragma unroll
-      for (int r = 0; r < D::kTiles; r++) {
-        const int tile = warp_n * D::kTiles + r;
-        look_up(a[r],
-                stage + D::kWeightOffset + tile * D::kTileBytes + chunk * D::Table::kChunkBytes, r);
-        if constexpr (D::kGroup != 0) {
-          const int group = D::kGroups == 1 ? 0 : chunk * 4 / D::kGroupSteps;
-          const u32 scales = stage + D::kScaleOffset + tile * D::kScaleBytes +
-                             ((lane >> 2) * 2 + group * 16) * D::Scale::kBytes;
-#pragma unroll
-          for (int i = 0; i < kGroups; i++)
-            load_scales(scale[r][i], scales + i * 16 * D::Scale::kBytes);
+        for (int st = 0; st < 4; st++) {
+          multiply(acc, sum, x, st);
+          look_up(words, st);
         }
+#pragma unroll
+        for (int i = 0; i < D::kTiles * kGroups * 2; i++)
+          scale[i / (kGroups * 2)][i / 2 % kGroups][i % 2] =
+              scale_after[i / (kGroups * 2)][i / 2 % kGroups][i % 2];
+      } else {
+        u32 words[D::kTiles][D::Table::kWords];
+        load_words(words, stage, chunk);
+        load_scales(scale, stage, chunk);
+#pragma unroll
+        for (int st = 0; st < 4; st++) look_up(words, st);
+#pragma unroll
+        for (int st = 0; st < 4; st++) multiply(acc, sum, x, st);
       }
-      multiply(acc, a, scale, stage + chunk * D::kXChunkBytes);
     }
   }
 
-  FLUTE_DEVICE void multiply(float (&acc)[D::kTiles][D::kColumns][4], u32 (&a)[D::kTiles][4][4],
-                             const u32 (&scale)[D::kTiles][kGroups][2], u32 x) const {
+  // Step `st` of the chunk in hand.
+  FLUTE_DEVICE void multiply(float (&acc)[D::kTiles][D::kColumns][4],
+                             float (&sum)[D::kTiles][D::kScaleSums ? D::kColumns : 1][4], u32 x,
+                             int st) {
     constexpr int kSteps = 4 / kGroups;  // of a group, in this chunk
-    float sum[D::kTiles][D::kScaleSums ? D::kColumns : 1][4];
+    if constexpr (D::kScaleWeights) {
 #pragma unroll
-    for (int st = 0; st < 4; st++) {
-      if constexpr (D::kScaleWeights) {
+      for (int r = 0; r < D::kTiles; r++)
 #pragma unroll
-        for (int r = 0; r < D::kTiles; r++)
+        for (int i = 0; i < 4; i++)
+          a[r][st][i] = scale_pair(a[r][st][i], scale[r][st / kSteps][i % 2]);
+    }
+    const u32 at = x + (x_lane ^ (st * 32));
 #pragma unroll
-          for (int i = 0; i < 4; i++)
-            a[r][st][i] = scale_pair(a[r][st][i], scale[r][st / kSteps][i % 2]);
-      }
-      const u32 at = x + (x_lane ^ (st * 32));
+    for (int c = 0; c < D::kColumns; c += 2) {
+      u32 b[4];
+      ptx::ldmatrix_x4(b, at + c * 1024);
 #pragma unroll
-      for (int c = 0; c < D::kColumns; c += 2) {
-        u32 b[4];
-        ptx::ldmatrix_x4(b, at + c * 1024);
+      for (int r = 0; r < D::kTiles; r++)
 #pragma unroll
-        for (int r = 0; r < D::kTiles; r++)
-#pragma unroll
-          for (int h = 0; h < 2; h++) {
-            if constexpr (D::kScaleSums) {
-              float (&s)[4] = sum[r][c + h];
-              if (st % kSteps == 0)
-                D::Act::mma(s, a[r][st], b[h * 2], b[h * 2 + 1], 0.f, 0.f, 0.f, 0.f);
-              else
-                D::Act::mma(s, a[r][st], b[h * 2], b[h * 2 + 1], s[0], s[1], s[2], s[3]);
-              if (st % kSteps == kSteps - 1) {
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                  acc[r][c + h][i] += __uint_as_float(scale[r][st / kSteps][i / 2]) * s[i];
-              }
-            } else {
-              float (&s)[4] = acc[r][c + h];
+        for (int h = 0; h < 2; h++) {
+          if constexpr (D::kScaleSums) {
+            float (&s)[4] = sum[r][c + h];
+            if (st % kSteps == 0)
+              D::Act::mma(s, a[r][st], b[h * 2], b[h * 2 + 1], 0.f, 0.f, 0.f, 0.f);
+            else
               D::Act::mma(s, a[r][st], b[h * 2], b[h * 2 + 1], s[0], s[1], s[2], s[3]);
+            if (st % kSteps == kSteps - 1) {
+#pragma unroll
+              for (int i = 0; i < 4; i++)
+                acc[r][c + h][i] += __uint_as_float(scale[r][st / kSteps][i / 2]) * s[i];
             }
+          } else {
+            float (&s)[4] = acc[r][c + h];
+            D::Act::mma(s, a[r][st], b[h * 2], b[h * 2 + 1], s[0], s[1], s[2], s[3]);
           }
-      }
+        }
     }
   }
 };

@@ -39,6 +39,7 @@ struct Mma {
   static constexpr int kTiles = Config::tiles;    // of a warp, 16 rows each
   static constexpr int kChunks = Config::chunks;  // of a stage, 64 k each
   static constexpr int kStages = Config::stages;
+  static constexpr bool kAhead = Config::ahead;  // look up a chunk ahead of its use
   static constexpr bool kRowTables = Config::row_tables;
   static constexpr bool kScaleSums = Config::scale_sums && kGroup != 0;
   static constexpr bool kScaleWeights = !Config::scale_sums && kGroup != 0;
@@ -80,7 +81,7 @@ struct Mma {
   static_assert(kTokens % 16 == 0 && kTokens > 0, "ldmatrix reads 16 tokens");
   static_assert(kChunks == 1 || kChunks == 2 || kChunks == 4, "K is padded to 4 chunks");
   static_assert(kChunks % kWarpsK == 0, "each warp has as many chunks of a stage");
-  static_assert(kStages >= 2, "a stage is filled while another is used");
+  static_assert(kStages >= 2 + kAhead, "a stage is filled while another, or two, are used");
   static_assert(kStageBytes % 128 == 0 && kStageOffset % 128 == 0, "rows of x are swizzled");
   static_assert(kScaleBytes <= 512, "a lane copies 16 bytes of a tile's scales");
 };
