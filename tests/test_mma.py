@@ -25,7 +25,7 @@ from flute.mma import (
     supports,
     work_of,
 )
-from flute.plans import BatchPlan, DensePlan, Plan, default_plan
+from flute.plans import MAX_MMA_M, BatchPlan, DensePlan, Plan, default_plan
 
 A100 = GPUS[1]
 MOST_SCRATCH = 64 << 20
@@ -129,7 +129,7 @@ def test_every_number_of_tokens_takes_a_kernel_compiled_ahead(n, k):
     def plan(m):
         return default_plan(Problem(4, 128, "float16", "float16", False, m, n, k), A100)
 
-    ahead = {plan(m).config for m in PREPARED_M}
+    ahead = {plan(m).config for m in PREPARED_M if m <= MAX_MMA_M}
     assert {plan(m).config for m in (*range(9, 160), *range(161, 2048, 17))} <= ahead
 
 
