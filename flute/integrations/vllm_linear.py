@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from vllm.model_executor.parameter import (
     PerTensorScaleParameter,
 )
 
+from flute.checkpoint import tensor_names
 from flute.concat import concat_weights
 from flute.errors import CheckpointError, FormatError
 from flute.format import (
@@ -53,6 +55,7 @@ from flute.format import (
 from flute.integrations.vllm_experts import FluteExpertsMethod, FluteOnlineExpertsMethod
 from flute.integrations.vllm_layers import (
     Shard,
+    check_tensor_names,
     cut_rows,
     environment_request,
     parts_of,
@@ -119,6 +122,16 @@ class FluteQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
     def get_config_filenames() -> list[str]:
         """Return none: config.json says it all."""
         return []
+
+    def maybe_update_config(self, model_name: str, *args: Any, **kwargs: Any) -> None:
+        """Look through a local checkpoint's tensors, before vLLM starts its engine.
+
+        Raises:
+            CheckpointError: a file is broken, or a layer lacks a tensor; the message names it.
+        """
+        files = sorted(Path(model_name).glob("*.safetensors"))
+        if self.options is None and files:
+            check_tensor_names(name for file in files for name in tensor_names(file))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the layers that the config names as vLLM renames the model's."""

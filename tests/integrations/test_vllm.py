@@ -40,6 +40,12 @@ def main():
 if __name__ == "__main__":
     main()
 """
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_max": 4,
+    "prompt_lookup_min": 2,
+}
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -363,8 +369,10 @@ def transformers_tokens(folder):
         (4, {"enforce_eager": True}),
         (3, {}),
         (4, {"enforce_eager": True, "tensor_parallel_size": 2}),
+        (4, {"enforce_eager": True, "max_num_batched_tokens": 32, "enable_prefix_caching": True}),
+        (4, {"enforce_eager": True, "speculative_config": NGRAM}),
     ],
-    ids=["eager", "compiled", "two ranks"],
+    ids=["eager", "compiled", "two ranks", "chunked prefill", "speculative"],
 )
 def test_greedy_text_is_that_of_transformers(quantised, tmp_path, num_bits, options):
     """In float32: in bfloat16 the two round differently, and one of the texts has a near tie."""
@@ -379,6 +387,7 @@ def test_a_checkpoint_without_a_tensor_is_refused(quantised, tmp_path):
     edit_tensors(folder, {"model.layers.3.self_attn.k_proj.scales": None})
     printed = serve(folder, tmp_path, enforce_eager=True)
     assert "The checkpoint lacks `model.layers.3.self_attn.k_proj.scales`" in printed
+    assert "Loading safetensors" not in printed
 
 
 def test_configs_are_refused_before_the_engine_starts(quantised, tmp_path):
