@@ -171,6 +171,23 @@ def test_what_does_not_fit_is_named():
         made(spec, layer=other)
 
 
+def test_a_vllm_with_other_moe_classes_serves_dense_experts_only(monkeypatch):
+    from flute.integrations import vllm_linear
+
+    class RoutedExperts(nn.Module):
+        moe_config = rank_of(0, 1)
+
+    monkeypatch.setattr(vllm_linear, "vllm_experts", None)
+    make = vllm_linear.FluteQuantizationConfig.from_config
+    dense = make(CheckpointConfig().to_dict())
+    assert dense.get_quant_method(RoutedExperts(), NAME) is None
+    skipped = make({"bits": 4, "modules_to_not_convert": ["*.experts.*"]})
+    assert skipped.get_quant_method(RoutedExperts(), NAME) is None
+    for config in (CheckpointConfig(quantized_experts=True).to_dict(), {"bits": 4}):
+        with pytest.raises(UnsupportedProblemError, match=r"other classes for MoE.*--skip"):
+            make(config).get_quant_method(RoutedExperts(), NAME)
+
+
 def test_groups_of_blocks_follow_the_checkpoint_s_overrides():
     from flute.integrations.vllm_experts import expert_spec
 
