@@ -213,11 +213,17 @@ def verify_checksums(directory: str | Path, files: Sequence[Path] | None = None)
 
 
 def _tensors_of(files: Sequence[Path]) -> dict[str, Path]:
-    names: dict[str, Path] = {}
-    for path in files:
-        with open_safetensors(path) as file:
-            names |= dict.fromkeys(file.keys(), path)
-    return names
+    return {name: path for path in files for name in tensor_names(path)}
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Return the names of a safetensors file's tensors; only its header is read.
+
+    Raises:
+        CheckpointError: missing, truncated or not safetensors; the message names the file.
+    """
+    with open_safetensors(path) as file:
+        return list(file.keys())
 
 
 def open_safetensors(path: Path) -> Any:

@@ -10,6 +10,7 @@ from helpers import tiny_model
 from safetensors import safe_open
 
 import flute
+from flute.cli import main
 from flute.errors import UnsupportedProblemError
 from flute.experts import PROJECTIONS, SplitExperts, split_experts
 from flute.linear import LutLinear
@@ -105,6 +106,19 @@ def test_experts_are_quantised_all_or_none(tmp_path):
     assert not any(isinstance(m, SplitExperts) for m in loaded.modules())
     fused = loaded.model.layers[0].mlp.experts.gate_up_proj
     assert torch.equal(fused, model.model.layers[0].mlp.experts.gate_up_proj.float())
+
+
+def test_inspect_finds_the_groups_of_ragged_experts(tmp_path, capsys):
+    model = tiny_model("mixtral", intermediate_size=96, num_local_experts=2)
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.warns(UserWarning, match="does not divide the rows of 4 layers"):
+        quantize_checkpoint(tmp_path / "dense", tmp_path / "q", QuantizeOptions(4, 64))
+    assert main(["inspect", str(tmp_path / "q"), "--json"]) == 0
+    layers = {layer["layer"]: layer for layer in json.loads(capsys.readouterr().out)["layers"]}
+    name = "model.layers.1.block_sparse_moe.experts.1.w{}"
+    down, gate = layers[name.format(2)], layers[name.format(1)]
+    assert (down["shape"], down["group_size"]) == ([64, 96], 32)
+    assert (gate["shape"], gate["group_size"]) == ([96, 64], 64)
 
 
 def test_a_tensor_of_an_expert_that_is_missing_is_named(tmp_path):

@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
 def _describe(
     reader: CheckpointReader, layer: str, config: CheckpointConfig, dense: CheckpointReader | None
 ) -> dict[str, Any]:
-    spec = config.spec_of(layer)
+    # Why: config.json has transformers' names, and Mixtral's files call a block otherwise.
+    spec = config.spec_of(layer.replace(".block_sparse_moe.", ".mlp."))
     N, num_groups = reader.shape(f"{layer}.scales")
     K = _num_columns(reader, layer, spec, num_groups, dense)
     num_bytes = sum(reader.num_bytes(f"{layer}.{part}") for part in TENSOR_NAMES)

@@ -12,12 +12,12 @@ codes and of the group is a plain slice, and vLLM's own loaders, which slice, do
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import lcm
 from typing import Any, NamedTuple
 
-from flute.errors import FormatError, UnsupportedProblemError
-from flute.format import GROUP_SIZES, WHOLE_ROW, CheckpointConfig, QuantSpec
+from flute.errors import CheckpointError, FormatError, UnsupportedProblemError
+from flute.format import GROUP_SIZES, TENSOR_NAMES, WHOLE_ROW, CheckpointConfig, QuantSpec
 from flute.methods import CALIBRATED
 from flute.model import ROUTER_NAMES, QuantizeOptions, matches
 
@@ -145,6 +145,25 @@ def spec_of_parts(parts: Sequence[str], config: CheckpointConfig) -> QuantSpec |
                 f"{spec.num_bits} and {spec.group_size}. Quantise them alike."
             )
     return first
+
+
+def check_tensor_names(names: Iterable[str]) -> None:
+    """Check that every layer with a tensor of this format in the files has all of them.
+
+    Args:
+        names: of all tensors of a checkpoint.
+
+    Raises:
+        CheckpointError: one is missing; the message names it.
+    """
+    found = {name for name in names if name.rpartition(".")[2] in TENSOR_NAMES}
+    for layer in sorted({name.rpartition(".")[0] for name in found}):
+        for key in TENSOR_NAMES:
+            if f"{layer}.{key}" not in found:
+                raise CheckpointError(
+                    f"The checkpoint lacks `{layer}.{key}`, though it has other tensors of that "
+                    "layer. Download it again."
+                )
 
 
 def _is_dense(name: str, config: CheckpointConfig) -> bool:

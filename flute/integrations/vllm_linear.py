@@ -17,12 +17,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -41,8 +41,9 @@ from vllm.model_executor.parameter import (
 )
 
 from flute.blockwise import quantize_weight
+from flute.checkpoint import tensor_names
 from flute.concat import concat_weights
-from flute.errors import CheckpointError, FormatError
+from flute.errors import CheckpointError, FormatError, UnsupportedProblemError
 from flute.format import (
     SCALE_DTYPES,
     TENSOR_NAMES,
@@ -51,9 +52,9 @@ from flute.format import (
     PackedWeight,
     QuantSpec,
 )
-from flute.integrations.vllm_experts import FluteExpertsMethod, FluteOnlineExpertsMethod
 from flute.integrations.vllm_layers import (
     Shard,
+    check_tensor_names,
     cut_rows,
     environment_request,
     parts_of,
@@ -65,6 +66,12 @@ from flute.integrations.vllm_order import in_device_order
 from flute.model import QuantizeOptions, fit_groups
 from flute.ops import lut_gemm
 from flute.pack import pack_codes
+
+# Why: vLLM renames its MoE classes often, and dense models do not need them.
+try:
+    from flute.integrations import vllm_experts
+except ImportError:
+    vllm_experts = None  # type: ignore[assignment]
 
 
 @register_quantization_config("flute")
@@ -121,6 +128,16 @@ class FluteQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
         """Return none: config.json says it all."""
         return []
 
+    def maybe_update_config(self, model_name: str, *args: Any, **kwargs: Any) -> None:
+        """Look through a local checkpoint's tensors, before vLLM starts its engine.
+
+        Raises:
+            CheckpointError: a file is broken, or a layer lacks a tensor; the message names it.
+        """
+        files = sorted(Path(model_name).glob("*.safetensors"))
+        if self.options is None and files:
+            check_tensor_names(name for file in files for name in tensor_names(file))
+
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the layers that the config names as vLLM renames the model's."""
         config, rename = self.checkpoint, hf_to_vllm_mapper.apply_list
@@ -134,7 +151,7 @@ class FluteQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
         Raises:
             UnsupportedProblemError: vLLM merges layers that are quantised differently.
         """
-        if isinstance(layer, RoutedExperts):
+        if type(layer).__name__ in ("RoutedExperts", "FusedMoE"):
             return self._experts_method(layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
@@ -148,15 +165,24 @@ class FluteQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
             return UnquantizedLinearMethod()
         return FluteLinearMethod(prefix, parts, spec, self.checkpoint)
 
-    def _experts_method(self, layer: Any, prefix: str) -> FluteExpertsMethod | None:
+    def _experts_method(self, layer: Any, prefix: str) -> Any:
         """Return how a block's experts are computed, or None if they are dense."""
-        moe = layer.moe_config
+        names = [f"{prefix}.0.{projection}" for projection in ("gate_proj", "down_proj")]
         if self.options is None:
             is_dense = not self.checkpoint.quantized_experts
-            return None if is_dense else FluteExpertsMethod(prefix, self.checkpoint, moe)
-        if stays_dense([f"{prefix}.0.{p}" for p in ("gate_proj", "down_proj")], self.options.skip):
+        else:
+            is_dense = stays_dense(names, self.options.skip)
+        if is_dense:
             return None
-        return FluteOnlineExpertsMethod(prefix, self.options, moe)
+        if vllm_experts is None:
+            raise UnsupportedProblemError(
+                f"`{prefix}`: the experts are quantised, and this vLLM has other classes for MoE "
+                "than FLUTE knows. FLUTE is tested with vLLM 0.32. Use that, or skip the experts "
+                "when quantising (--skip '*.experts.*')."
+            )
+        if self.options is None:
+            return vllm_experts.FluteExpertsMethod(prefix, self.checkpoint, layer.moe_config)
+        return vllm_experts.FluteOnlineExpertsMethod(prefix, self.options, layer.moe_config)
 
 
 @register_weight_loader_v2_supported_method

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import DEMO_MODEL, edit_json, edit_tensors, python, random_weight
+from safetensors.torch import save_file
 
 import flute
 from flute.concat import concat_weights
@@ -33,13 +34,24 @@ def main():
 
     llm = LLM(sys.argv[1], max_model_len=128, max_num_seqs=4, **json.loads(sys.argv[2]))
     greedy = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-    outputs = llm.generate(json.loads(sys.argv[3]), greedy)
+    asked = {}
+    if len(sys.argv) > 5:
+        from vllm.lora.request import LoRARequest
+
+        asked = {"lora_request": LoRARequest("adapter", 1, sys.argv[5])}
+    outputs = llm.generate(json.loads(sys.argv[3]), greedy, **asked)
     with open(sys.argv[4], "w") as file:
         json.dump([list(output.outputs[0].token_ids) for output in outputs], file)
 
 if __name__ == "__main__":
     main()
 """
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_max": 4,
+    "prompt_lookup_min": 2,
+}
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -324,30 +336,23 @@ def quantised(tmp_path_factory):
     return folders
 
 
-def serve(folder, tmp_path, environment=None, **options):
+def serve(folder, tmp_path, environment=None, adapter=None, **options):
     """Greedy tokens of the prompts, or what the engine printed when it failed."""
     out = tmp_path / "tokens.json"
     (tmp_path / "engine.py").write_text(ENGINE)
     code = f"import runpy; runpy.run_path({str(tmp_path / 'engine.py')!r}, run_name='__main__')"
-    process = python(
-        code,
-        folder,
-        json.dumps(options),
-        json.dumps(PROMPTS),
-        out,
-        **ENVIRONMENT,
-        **(environment or {}),
-    )
+    arguments = [folder, json.dumps(options), json.dumps(PROMPTS), out]
+    arguments += [adapter] if adapter else []
+    process = python(code, *arguments, **ENVIRONMENT, **(environment or {}))
     printed, _ = process.communicate(timeout=500)
     return json.loads(out.read_text()) if out.exists() else printed
 
 
-def transformers_tokens(folder):
+def transformers_tokens(folder, change=lambda model: None):
     from transformers import AutoTokenizer
 
-    import flute
-
     model = flute.from_pretrained(folder, dtype=torch.float32).eval()
+    change(model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = []
     for prompt in PROMPTS:
@@ -363,13 +368,61 @@ def transformers_tokens(folder):
         (4, {"enforce_eager": True}),
         (3, {}),
         (4, {"enforce_eager": True, "tensor_parallel_size": 2}),
+        (4, {"enforce_eager": True, "max_num_batched_tokens": 32, "enable_prefix_caching": True}),
+        (4, {"enforce_eager": True, "speculative_config": NGRAM}),
     ],
-    ids=["eager", "compiled", "two ranks"],
+    ids=["eager", "compiled", "two ranks", "chunked prefill", "speculative"],
 )
 def test_greedy_text_is_that_of_transformers(quantised, tmp_path, num_bits, options):
     """In float32: in bfloat16 the two round differently, and one of the texts has a near tie."""
     served = serve(quantised[num_bits], tmp_path, dtype="float32", **options)
     assert served == transformers_tokens(quantised[num_bits])
+
+
+class Adapted(torch.nn.Module):
+    """A layer with a LoRA adapter, as its paper has it."""
+
+    def __init__(self, layer, down, up, scale):
+        super().__init__()
+        self.layer, self.down, self.up, self.scale = layer, down, up, scale
+
+    def forward(self, x):
+        return self.layer(x) + self.scale * (x @ self.down.T @ self.up.T)
+
+
+def test_lora_adapters_go_on_top(quantised, tmp_path):
+    """Of merged layers (q and v, not k) and of a row-parallel one."""
+    config = json.loads((quantised[4] / "config.json").read_text())
+    hidden, rank = config["hidden_size"], 8
+    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "mlp.down_proj": (hidden, config["intermediate_size"]),
+    }
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for i in range(config["num_hidden_layers"]):
+        for name, (N, K) in shapes.items():
+            for part, shape in (("A", (rank, K)), ("B", (N, rank))):
+                key = f"base_model.model.model.layers.{i}.{name}.lora_{part}.weight"
+                tensors[key] = torch.randn(shape, generator=generator) * 0.02
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    names = [name.partition(".")[2] for name in shapes]
+    about = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": names}
+    (adapter / "adapter_config.json").write_text(json.dumps(about | {"bias": "none"}))
+
+    def adapt(model):
+        for key in [k for k in tensors if "lora_A" in k]:
+            name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            up = tensors[key.replace("lora_A", "lora_B")]
+            model.set_submodule(name, Adapted(model.get_submodule(name), tensors[key], up, 2.0))
+
+    options = {"dtype": "float32", "enforce_eager": True, "enable_lora": True}
+    served = serve(quantised[4], tmp_path, adapter=adapter, max_lora_rank=rank, **options)
+    assert served == transformers_tokens(quantised[4], adapt)
+    assert served != transformers_tokens(quantised[4])
 
 
 def test_a_checkpoint_without_a_tensor_is_refused(quantised, tmp_path):
@@ -379,6 +432,7 @@ def test_a_checkpoint_without_a_tensor_is_refused(quantised, tmp_path):
     edit_tensors(folder, {"model.layers.3.self_attn.k_proj.scales": None})
     printed = serve(folder, tmp_path, enforce_eager=True)
     assert "The checkpoint lacks `model.layers.3.self_attn.k_proj.scales`" in printed
+    assert "Loading safetensors" not in printed
 
 
 def test_configs_are_refused_before_the_engine_starts(quantised, tmp_path):

@@ -13,10 +13,11 @@ import pytest
 import torch
 from helpers import ROOT, random_weight
 
-from flute.errors import FormatError, UnsupportedProblemError
+from flute.errors import CheckpointError, FormatError, UnsupportedProblemError
 from flute.format import CheckpointConfig, PackedWeight, QuantSpec
 from flute.integrations import vllm as plugin
 from flute.integrations.vllm_layers import (
+    check_tensor_names,
     cut_rows,
     environment_request,
     parts_of,
@@ -117,6 +118,14 @@ def test_specs_of_merged_layers():
         spec("b.gate_up_proj")
     with pytest.raises(UnsupportedProblemError, match=r"`c\.q_proj` has 4 bits .* `c\.k_proj` 3"):
         spec("c.qkv_proj")
+
+
+def test_a_layer_without_one_of_its_tensors_is_named():
+    names = ["h.0.q_proj.codes", "h.0.q_proj.scales", "h.0.q_proj.table", "norm.weight"]
+    check_tensor_names(names)
+    for i, missing in enumerate(names[:3]):
+        with pytest.raises(CheckpointError, match=f"lacks `{missing}`"):
+            check_tensor_names(names[:i] + names[i + 1 :])
 
 
 # ---- dense models
