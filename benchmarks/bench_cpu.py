@@ -1,9 +1,11 @@
-"""Time products on a CPU against PyTorch and its other int4 and nf4 kernels, interleaved.
+"""Time products on a CPU against PyTorch, its int4, bitsandbytes and llama.cpp, interleaved.
 
 Methods take turns, so that what else the machine does hits all; a ratio is the median over rounds
 of (their time / our time) within a round. With one thread time is that thread's on a CPU, which
 other processes do not lengthen by taking the core. Weights rotate over copies that do not fit the
-caches (bitsandbytes' does not). Each product is held against fp64 before it is timed.
+caches (bitsandbytes' does not). Each product is held against fp64 before it is timed. The read
+bandwidth is that of summing 256 MB in the same rounds; shares of it are by the best
+rounds, and by medians. llama.cpp is measured with --ggml FOLDER (`ggml.py`).
 
     python benchmarks/bench_cpu.py --shapes 14336x4096 --tokens 1 8 --threads 1 --rounds 9
 """
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from ggml import TYPES, Ggml, Product
 
 import flute
 from flute.cpu import library
@@ -41,8 +44,33 @@ def lut_products(N: int, K: int, num_bits: int) -> tuple[list[PackedWeight], tor
     packed, ordered = library.order(stored)
     weight = stored._replace(packed=packed, scales=ordered)
     count = max(2, BYTES // packed.numel())
-    copies = [weight._replace(packed=packed.clone()) for _ in range(count)]
+    copies = [weight._replace(packed=library.order(stored)[0]) for _ in range(count)]
     return copies, library.dequantize(weight, torch.float32)
+
+
+def ggml_products(
+    ggml: Ggml, N: int, K: int, dense: torch.Tensor
+) -> dict[str, Callable[[torch.Tensor, int], object]]:
+    """llama.cpp's products; graphs are made at the first round with an x."""
+    found: dict[str, Callable[[torch.Tensor, int], object]] = {}
+    for kind in TYPES:
+        weights = ggml.weights(kind, dense, max(2, BYTES // (N * K * 9 // 16)))
+        ready: dict[int, list[Product]] = {}
+
+        def run(x: torch.Tensor, i: int, weights=weights, ready=ready) -> object:
+            if x.data_ptr() not in ready:
+                ready.clear()
+                ready[x.data_ptr()] = ggml.products(weights, x, N)
+            return ready[x.data_ptr()][i % len(weights)]()
+
+        x = torch.randn(2, K)
+        product = ggml.products(weights[:1], x, N)[0]
+        product()
+        exact = x @ dense[:64].T
+        error = float((product.result()[:, :64] - exact).norm() / exact.norm())
+        assert error < 0.2, f"{kind} of ggml gives a wrong product: {error}"
+        found[f"llama.cpp {kind}"] = run
+    return found
 
 
 def peers(N: int, K: int, dense: torch.Tensor) -> dict[str, Callable[[torch.Tensor, int], object]]:
@@ -77,15 +105,24 @@ def peers(N: int, K: int, dense: torch.Tensor) -> dict[str, Callable[[torch.Tens
 
 
 def measure(
-    shape: str, tokens: list[int], threads: list[int], rounds: int, bits: list[int]
+    shape: str,
+    tokens: list[int],
+    threads: list[int],
+    rounds: int,
+    bits: list[int],
+    ggml: Ggml | None,
 ) -> list[dict[str, object]]:
     """Return a record per number of tokens, threads and bits."""
     N, K = map(int, shape.split("x"))
     weights = {b: lut_products(N, K, b) for b in bits}
     others = peers(N, K, weights[bits[0]][1])
-    buffer, records = torch.zeros(BYTES // 4), []
+    if ggml is not None:
+        others |= ggml_products(ggml, N, K, weights[bits[0]][1])
+    buffer, records = torch.zeros(BYTES // 8, dtype=torch.int64), []
     for count in threads:
         torch.set_num_threads(count)
+        if ggml is not None:
+            ggml.set_threads(count)
         clock = time.thread_time if count == 1 else time.perf_counter
         for M in tokens:
             x = torch.randn(M, K).bfloat16()
@@ -101,13 +138,13 @@ def measure(
             }
             methods |= {name: lambda i, f=f, x=x: f(x, i) for name, f in others.items()}
             times: dict[str, list[float]] = {name: [] for name in methods}
-            for i in range(rounds + 1):
+            for i in range((rounds if M < 128 else max(2, rounds // 3)) + 1):
                 for name, method in methods.items():
                     start = clock()
                     method(i)
                     if i:  # the first round warms up
                         times[name].append(clock() - start)
-            bandwidth = BYTES / min(times["read"])
+            read_s = times["read"]
             for b, (copies, _) in weights.items():
                 ours = times[f"flute {b}"]
                 size = copies[0].packed.numel() + 2 * copies[0].scales.numel()
@@ -120,7 +157,11 @@ def measure(
                 record = {"shape": shape, "bits": b, "M": M, "threads": count, "ratios": ratios}
                 record["ms_min"] = round(1e3 * min(ours), 3)
                 record["ms_median"] = round(1e3 * statistics.median(ours), 3)
-                record["share_of_read_bandwidth"] = round(size / min(ours) / bandwidth, 3)
+                share = size / BYTES * min(read_s) / min(ours)
+                record["share_of_read_bandwidth"] = round(share, 3)
+                share = size / BYTES * statistics.median(read_s) / statistics.median(ours)
+                record["share_by_medians"] = round(share, 3)
+                record["read_gb_per_s"] = round(BYTES / min(read_s) / 1e9, 1)
                 print(json.dumps(record), flush=True)
                 records.append(record)
     return records
@@ -138,18 +179,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="N x K, as 14336x4096")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 8, 32, 128])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 8, 32, 128, 512])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--ggml", type=Path, help="folder of llama.cpp's shared libraries")
     parser.add_argument("--out", type=Path, help="a JSON file to write")
     args = parser.parse_args()
     if reason := library.why_not():
         raise SystemExit(f"No CPU kernels here: {reason}")
-    records = []
+    records, ggml = [], Ggml(args.ggml) if args.ggml else None
     for shape in args.shapes:
-        records += measure(shape, args.tokens, args.threads, args.rounds, args.bits)
-    if args.out:
+        records += measure(shape, args.tokens, args.threads, args.rounds, args.bits, ggml)
+        if not args.out:
+            continue
         machine = {"cpu": cpu_name(), "variant": library.variant(), "torch": torch.__version__}
         result = {"machine": machine, "group_size": GROUP, "rounds": args.rounds}
         args.out.write_text(json.dumps({**result, "records": records}, indent=1) + "\n")

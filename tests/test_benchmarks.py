@@ -13,6 +13,7 @@ from helpers import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_kernel
+import plot_cpu
 import plot_kernel
 from bench_kernel import Worker, make_records, parse, print_records
 from peers import Packed, Session, UnsupportedCaseError, uniform
@@ -260,3 +261,16 @@ def test_no_gpu_is_said_in_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="needs a CUDA GPU"):
         bench_kernel.main([])
+
+
+# ---- the CPU's
+
+
+def test_the_cpu_plot_draws_what_is_committed(tmp_path, monkeypatch):
+    results = ROOT / "benchmarks" / "results" / "cpu.json"
+    monkeypatch.setattr(sys, "argv", ["plot_cpu.py", str(results), "--out", str(tmp_path)])
+    plot_cpu.main()
+    assert (tmp_path / "cpu_speed_up.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(sys, "argv", ["plot_cpu.py", str(results), "--shape", "1x1"])
+    with pytest.raises(SystemExit, match="no records of 1x1 with one thread"):
+        plot_cpu.main()

@@ -171,9 +171,10 @@ def test_the_largest_sums_do_not_overflow(spec, sign, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("tables", ["one", "per row"])
-def test_inf_and_nan_travel_as_in_torch(value, dtype, tables, monkeypatch):
+@pytest.mark.parametrize("M", [3, 41])
+def test_inf_and_nan_travel_as_in_torch(M, value, dtype, tables, monkeypatch):
     weight = random_weight(21, 256, QuantSpec(4, 64), **TABLES[tables])
-    x = torch.randn(3, 256, generator=generator(1)).to(dtype)
+    x = torch.randn(M, 256, generator=generator(1)).to(dtype)
     x[1, 77] = value
     dense = F.linear(x, reference.dequantize(weight, dtype))
     finite = ordered(weight)
@@ -183,7 +184,30 @@ def test_inf_and_nan_travel_as_in_torch(value, dtype, tables, monkeypatch):
         assert torch.equal(out.isnan(), dense.isnan())
         assert torch.equal(out[out.isinf()], dense[dense.isinf()])
         assert not bool(out[1].isfinite().any())
-        assert torch.equal(out[::2], cpu.multiply(x[::2], finite, None))
+        if cpu.direct_m() >= M:  # else torch sums, and its order depends on how many there are
+            assert torch.equal(out[::2], cpu.multiply(x[::2], finite, None))
+
+
+def test_an_old_cpu_runs_plain_c(monkeypatch):
+    """Of one without the instructions of any variant, the library says that only plain C runs."""
+    library = cpu._library()
+    monkeypatch.setattr(cpu, "_library", lambda: library._replace(usable=("scalar",)))
+    assert (cpu.variant(), cpu.direct_m()) == ("scalar", 8)
+    assert cpu.describe().startswith("scalar (of scalar)")
+    weight = random_weight(21, 256, QuantSpec(4, 64))
+    x = torch.randn(20, 256, generator=generator(1))
+    assert relative_error(cpu.multiply(x, ordered(weight), None), exact_product(x, weight)) <= 5e-4
+    monkeypatch.setenv("FLUTE_CPU_VARIANT", "avx512")
+    with pytest.raises(UnsupportedProblemError, match=r"expected one of \('none', 'scalar'\)"):
+        cpu.variant()
+
+
+@pytest.mark.parametrize("leading", [(0,), (2, 0), (0, 3)])
+def test_batches_of_size_zero(leading):
+    _, layer = layer_of()
+    out = layer(torch.zeros(*leading, 256))
+    assert layer.cpu_order
+    assert out.shape == (*leading, 21)
 
 
 @pytest.mark.parametrize("size", [1e-38, 1e-30, 1e30])

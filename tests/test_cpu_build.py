@@ -259,7 +259,6 @@ def test_the_library_needs_nothing_of_python_or_torch(tmp_path):
                 "math",
                 "stdatomic",
                 "immintrin",
-                "sys/mman",
                 "cpuid",
             ),
             '""': ("lut", "variant"),

@@ -2,9 +2,6 @@
 #include "lut.h"
 
 #include <stdatomic.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 struct order {
   const struct weight *w;   /* codes and scales as stored, or in the order of kernels */
@@ -176,17 +173,6 @@ static void store_rows(int64_t first, int64_t last, void *context) {
   }
 }
 
-/* Ask for pages of 2 MB, before memory is touched: reading then misses the TLB less (Zen 4: 5 %). */
-static void prefer_large_pages(uint8_t *memory, int64_t bytes) {
-#ifdef __linux__
-  const uintptr_t page = (uintptr_t)2 << 20, first = ((uintptr_t)memory + page - 1) / page * page;
-  const uintptr_t last = ((uintptr_t)memory + (uintptr_t)bytes) / page * page;
-  if (last > first) madvise((void *)first, last - first, MADV_HUGEPAGE); /* else small ones do */
-#else
-  (void)memory, (void)bytes;
-#endif
-}
-
 /* Put a stored weight into the order of kernels. `codes`, of so many bytes, takes the header and the
    codes; `scales` is zero. */
 int flute_order(const struct weight *stored, uint8_t *codes, void *scales, int64_t bytes, int exact,
@@ -196,7 +182,6 @@ int flute_order(const struct weight *stored, uint8_t *codes, void *scales, int64
   struct order o = {stored, codes + HEADER, scales, counts,
                     (size_t)(stored->K * stored->num_bits + 31) / 32 * 4};
   const int64_t tile_bytes = TILE * (int64_t)row_bytes(stored);
-  prefer_large_pages(codes, bytes);
   memset(codes, 0, HEADER);
   if (!stored->by_rows) memset(codes + bytes - tile_bytes, 0, (size_t)tile_bytes); /* rows past N */
   int error = run(0, stored->N, 64, order_rows, &o);
