@@ -26,6 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 COLOURS = (
     *("#0072B2", "#009E73", "#E69F00", "#CC79A7", "#D55E00", "#56B4E9"),
     *("#222222", "#999999", "#8C510A", "#F0E442", "#5E3C99", "#B2DF8A"),
+    *("#E7298A", "#A6761D", "#1B9E77", "#08306B", "#FB9A99", "#525252"),
 )
 """Colours that the colour-blind tell apart (Okabe and Ito), then some more."""
 MARKERS = {32: "o", 64: "s", 128: "^", 256: "D"}
