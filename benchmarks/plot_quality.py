@@ -88,11 +88,12 @@ def markdown(records: Sequence[Record], model: str, text: str, group: int = TABL
             rows.append([method, *cells])
     lines = [f"| {' | '.join(row)} |" for row in rows]
     dense = next(r for r in means if r["kind"] == "dense")
+    commits = ", ".join(dict.fromkeys(r["commit"] or "?" for r in means))
     about = (
         "Loss over bf16 in nats per token, ± its standard error over the windows (share of "
         "`nf`'s), and KL divergence from bf16; group "
         f"{group}; {model}, {dense['tokens']} tokens of {text} in windows of {dense['window']}, "
-        f"bf16 perplexity {dense['ppl']:.2f}; commit {dense['commit'] or '?'}, {dense['date']}"
+        f"bf16 perplexity {dense['ppl']:.2f}; commit {commits}, {dense['date']}"
     )
     return "\n".join([about, "", *lines])
 
