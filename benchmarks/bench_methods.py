@@ -19,7 +19,7 @@ import flute
 from flute.console import print_table
 from flute.evaluate import relative_error
 
-SHAPE = (1024, 4096)
+SHAPE = (512, 4096)
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     for name, weight in weights.items():
         for num_bits in (4, 3, 2):
             for group_size in (32, 64, 128, 256):
-                for method in ("mse", "nf", "int", "fp"):
+                for method in ("mse", "bof-s", "bof", "nf", "int", "fp"):
                     start = time.perf_counter()
                     quantized = flute.quantize(weight, num_bits, group_size, method=method)
                     seconds = time.perf_counter() - start

@@ -26,6 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 COLOURS = (
     *("#0072B2", "#009E73", "#E69F00", "#CC79A7", "#D55E00", "#56B4E9"),
     *("#222222", "#999999", "#8C510A", "#F0E442", "#5E3C99", "#B2DF8A"),
+    *("#E7298A", "#A6761D", "#1B9E77", "#08306B", "#FB9A99", "#525252"),
 )
 """Colours that the colour-blind tell apart (Okabe and Ito), then some more."""
 MARKERS = {32: "o", 64: "s", 128: "^", 256: "D"}
@@ -87,11 +88,12 @@ def markdown(records: Sequence[Record], model: str, text: str, group: int = TABL
             rows.append([method, *cells])
     lines = [f"| {' | '.join(row)} |" for row in rows]
     dense = next(r for r in means if r["kind"] == "dense")
+    commits = ", ".join(dict.fromkeys(r["commit"] or "?" for r in means))
     about = (
         "Loss over bf16 in nats per token, ± its standard error over the windows (share of "
         "`nf`'s), and KL divergence from bf16; group "
         f"{group}; {model}, {dense['tokens']} tokens of {text} in windows of {dense['window']}, "
-        f"bf16 perplexity {dense['ppl']:.2f}; commit {dense['commit'] or '?'}, {dense['date']}"
+        f"bf16 perplexity {dense['ppl']:.2f}; commit {commits}, {dense['date']}"
     )
     return "\n".join([about, "", *lines])
 

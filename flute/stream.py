@@ -348,7 +348,7 @@ def model_card(source: str, config: CheckpointConfig, layers: Collection[str]) -
     """Return the README.md of a quantised checkpoint: what it is and how to load it."""
     group = "the whole row" if config.group_size == -1 else f"groups of {config.group_size}"
     widths = Counter(config.spec_of(name).num_bits for name in layers)
-    bits = ", ".join(f"{count} at {b}" for b, count in sorted(widths.items()))
+    bits = " and ".join(f"{count} linear layers at {b} bits" for b, count in sorted(widths.items()))
     base = f"base_model: {source}\n" if source.count("/") == 1 and not Path(source).exists() else ""
     return f"""---
 library_name: transformers
@@ -358,7 +358,7 @@ tags:
 
 # {Path(source).name}, quantised by FLUTE
 
-{len(layers)} linear layers ({bits} bits), {group}, table `{config.table}`, method
+{bits}, {group}, table `{config.table}`, method
 `{config.method}`. Each weight is `table[code] * scale`.
 
 ```python
