@@ -129,7 +129,7 @@ def test_every_number_of_tokens_takes_a_kernel_compiled_ahead(n, k):
     def plan(m):
         return default_plan(Problem(4, 128, "float16", "float16", False, m, n, k), A100)
 
-    ahead = {plan(m).config for m in PREPARED_M}
+    ahead = {getattr(plan(m), "config", None) for m in PREPARED_M}
     assert {plan(m).config for m in (*range(9, 160), *range(161, 2048, 17))} <= ahead
 
 
