@@ -308,7 +308,8 @@ def _plans(problem: Problem, gpu: Gpu) -> Iterator[MmaPlan]:
                     narrow = tokens > 16 and warps_n * warps_k > 8
                     wide = tiles > 2 and (row_tables or short or dtype != scale_dtype)
                     may = stages > 2 and not narrow and not wide
-                    for ahead in (True, False) if may else (False,):
+                    # Not ahead comes first, as long as looking ahead has not been measured.
+                    for ahead in (False, True) if may else (False,):
                         yield MmaPlan(replace(config, ahead=ahead))
                         yield MmaPlan(replace(config, ahead=ahead), parts=False)
                     break
