@@ -900,4 +900,4 @@ def test_the_shipped_model_keeps_its_quality(tmp_path: Path) -> None:
     assert torch.equal(from_pretrained(tmp_path)(ids).logits, model(ids).logits)
     dense = loss(from_pretrained(DEMO_MODEL))
     assert dense != loss(model) < dense + 0.25
-    assert loss(quantised(2)) > dense + 0.1
+    assert loss(quantised(2)) > dense + 0.15
