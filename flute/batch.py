@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from flute.config import CHUNK_BYTES, DTYPE_BYTES, Gpu, Problem, constants_of
+from flute.config import CHUNK_BYTES, DTYPE_BYTES, Gpu, Problem, constants_of, group_rule
 from flute.kernel_order import CHUNK_K, TILE_N, padded_k
 
 ENVIRONMENT = "FLUTE_BATCH"
@@ -128,10 +128,8 @@ def supports(plan: BatchPlan, m: int, n: int, k: int, gpu: Gpu) -> str:
         return f"tokens={c.tokens} must be one of {TOKENS}"
     if c.warpgroups not in _BUSY:
         return f"warpgroups={c.warpgroups} must be one of {tuple(_BUSY)}"
-    if k % 32 or (c.group_size and k % c.group_size):
-        return f"K={k} must be a multiple of 32 and of group_size={c.group_size}"
-    if c.group_size >= k:
-        return f"group_size={c.group_size} is the whole row of K={k}: use kernel_group_size()"
+    if broken := group_rule(c.group_size, k):
+        return broken
     if padded_k(k) // CHUNK_K // c.panel < c.cluster:
         return f"K={k} has fewer panels of {c.panel * CHUNK_K} than cluster={c.cluster} blocks"
     if c.split_k and c.x_stages <= c.panel // c.x_panel:

@@ -121,6 +121,20 @@ def kernel_group_size(group_size: int, k: int) -> int:
     return 0 if group_size <= 0 or group_size >= k else group_size
 
 
+def group_rule(group_size: int, k: int) -> str:
+    """Return "" if kernels take groups of a size along K, else the rule that is broken.
+
+    Args:
+        group_size: as kernels mean it, see `kernel_group_size`.
+        k: input features.
+    """
+    if k % 32 or (group_size and k % group_size):
+        return f"K={k} must be a multiple of 32 and of group_size={group_size}"
+    if group_size >= k:
+        return f"group_size={group_size} is the whole row of K={k}: use kernel_group_size()"
+    return ""
+
+
 class Problem(NamedTuple):
     """One product: what of it decides which kernel serves it.
 
@@ -193,10 +207,8 @@ def supports(plan: Plan, m: int, n: int, k: int, gpu: Gpu) -> str:
     panels = -(-chunks // c.panel // c.cluster)
     if not 1 <= m <= c.block_tokens:
         return f"M={m} must be 1 to block_tokens={c.block_tokens}"
-    if k % 32 or (c.group_size and k % c.group_size):
-        return f"K={k} must be a multiple of 32 and of group_size={c.group_size}"
-    if c.group_size >= k:
-        return f"group_size={c.group_size} is the whole row of K={k}: use kernel_group_size()"
+    if broken := group_rule(c.group_size, k):
+        return broken
     if chunks % c.panel:
         return f"K={k}, padded to {chunks * CHUNK_K}, must be a multiple of panel={c.panel} * 64"
     if (c.bulk and not gpu.has_bulk_copies) or (c.cluster > 1 and not c.bulk):

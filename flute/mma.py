@@ -11,7 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from flute.config import CHUNK_BYTES, DTYPE_BYTES, TABLE_BYTES, Gpu, Problem, constants_of
+from flute.config import (
+    CHUNK_BYTES,
+    DTYPE_BYTES,
+    TABLE_BYTES,
+    Gpu,
+    Problem,
+    constants_of,
+    group_rule,
+)
 from flute.kernel_order import CHUNK_K, TILE_N, num_tiles, padded_k
 
 TOKENS = (16, 32, 48, 64, 96, 128)
@@ -100,10 +108,8 @@ def supports(plan: MmaPlan, m: int, n: int, k: int, gpu: Gpu) -> str:
         return "no tokens"
     if c.tokens not in TOKENS:
         return f"tokens={c.tokens} must be one of {TOKENS}"
-    if k % 32 or (c.group_size and k % c.group_size):
-        return f"K={k} must be a multiple of 32 and of group_size={c.group_size}"
-    if c.group_size >= k:
-        return f"group_size={c.group_size} is the whole row of K={k}: use kernel_group_size()"
+    if broken := group_rule(c.group_size, k):
+        return broken
     if c.chunks not in (1, 2, 4) or c.chunks % c.warps_k:
         return f"chunks={c.chunks} must be 1, 2 or 4, and a multiple of warps_k={c.warps_k}"
     if c.warps_n * c.warps_k > 16:

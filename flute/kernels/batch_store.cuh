@@ -3,6 +3,7 @@
 #pragma once
 #include "batch_traits.cuh"
 #include "hopper.cuh"
+#include "store_rows.cuh"
 
 namespace flute {
 
@@ -117,26 +118,7 @@ struct Epilogue {
 #pragma unroll
       for (int j = 0; j < 4; j++) v[h * 4 + j] = sum[j];
     }
-    u16* out = static_cast<u16*>(p.out) + static_cast<long long>(token) * p.shape_n + n;
-    const int count = min(8, p.shape_n - n);
-    u32 packed[4];
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-      float sum = v[j];
-      if (j < count) {
-        if constexpr (D::kGroup == 0) sum *= D::Scale::load_global(p.scales, n + j);
-        if (p.bias != nullptr) sum += D::Act::load_global(p.bias, n + j);
-      }
-      const u32 half = D::Act::from_float(sum);
-      packed[j / 2] = j % 2 ? packed[j / 2] | half << 16 : half;
-    }
-    if (p.shape_n % 8 == 0) {
-      ptx::st_global_v4(out, packed);
-    } else {
-#pragma unroll
-      for (int j = 0; j < 8; j++)
-        if (j < count) ptx::st_global_u16(out + j, static_cast<u16>(packed[j / 2] >> (j % 2 * 16)));
-    }
+    store_rows<D>(p, v, n, token);
   }
 };
 
