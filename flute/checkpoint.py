@@ -12,6 +12,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -200,15 +201,19 @@ def verify_checksums(directory: str | Path, files: Sequence[Path] | None = None)
     """
     reader = CheckpointReader(directory, files)
     recorded = reader.checksums()
-    for name, expected in recorded.items():
-        if name not in reader._info:
-            raise ChecksumError(f"`{name}` has a checksum but is missing from `{directory}`.")
-        found = reader.crc32(name)
-        if found != expected:
-            raise ChecksumError(
-                f"`{name}` in `{reader._files[name]}` is corrupted: crc32 {found}, expected "
-                f"{expected}. Copy or download the file again."
-            )
+    missing = [name for name in recorded if name not in reader._info]
+    if missing:
+        raise ChecksumError(f"`{missing[0]}` has a checksum but is missing from `{directory}`.")
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # zlib lets other threads run
+        for (name, expected), found in zip(
+            recorded.items(), pool.map(reader.crc32, recorded), strict=True
+        ):
+            if found != expected:
+                pool.shutdown(cancel_futures=True)
+                raise ChecksumError(
+                    f"`{name}` in `{reader._files[name]}` is corrupted: crc32 {found}, expected "
+                    f"{expected}. Copy or download the file again."
+                )
     return len(recorded)
 
 
