@@ -136,6 +136,17 @@ def takes_ranges(table_ends: tuple[int, ...]) -> bool:
     return len(table_ends) <= MAX_RANGES and not any(end % TILE_N for end in table_ends[:-1])
 
 
+def prepared_problem(weight: PackedWeight, dtype: torch.dtype) -> tuple[Problem, tuple[int, ...]]:
+    """Return what `compile_kernels` takes for a weight: its problem, where its ranges of rows end.
+
+    Args:
+        weight: the matrix; its codes don't matter.
+        dtype: of x, fp16 or bf16.
+    """
+    ends = weight.table_ends
+    return problem_of(weight, 1, dtype), ends if takes_ranges(ends) else ()
+
+
 def _ranges(table_ends: tuple[int, ...], N: int) -> bytes:
     """Return the last fields of a kernel's structure: num_ranges, range_end in tiles."""
     assert takes_ranges(table_ends), "callers expand what kernels don't take"
@@ -168,12 +179,14 @@ def dequantize_source(problem: Problem) -> Source:
 
 
 def compile_kernels(
-    problems: Iterable[Problem], device: torch.device, done: Callable[[int, int], None]
+    problems: Iterable[tuple[Problem, tuple[int, ...]]],
+    device: torch.device,
+    done: Callable[[int, int], None],
 ) -> int:
     """Compile and load what problems need on a device, in parallel; return how many kernels.
 
     Args:
-        problems: their ``m`` is ignored; kernels for any M are compiled.
+        problems: see `prepared_problem`; kernels for any M are compiled.
         device: a GPU.
         done: called with (compiled, in all) after each kernel, and first with (0, in all).
 
@@ -184,9 +197,9 @@ def compile_kernels(
 
     gpu = gpu_of(device)
     sources: dict[Source, None] = {}
-    for problem in problems:
+    for problem, table_ends in problems:
         for m in PREPARED_M:
-            plan = tuning.choose(problem._replace(m=m), gpu)
+            plan = choose(problem._replace(m=m), table_ends, gpu)
             if isinstance(plan, KernelPlan):
                 sources[source_of(plan)] = None
         sources[dequantize_source(problem)] = None

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flute.config import Problem
-from flute.launchers import compile_kernels, problem_of
+from flute.launchers import compile_kernels, prepared_problem
 from flute.linear import LutLinear
 
 
@@ -33,11 +33,12 @@ def prepare(model: nn.Module, *, dtype: torch.dtype | None = None, exact: bool =
     Raises:
         KernelCompileError: NVRTC refused a kernel.
     """
-    problems: dict[torch.device, dict[Problem, None]] = {}
+    problems: dict[torch.device, dict[tuple[Problem, tuple[int, ...]], None]] = {}
     layers = [m for m in model.modules() if isinstance(m, LutLinear) and m.takes_kernels()]
     for layer in layers:
         layer.to_kernel_order()
-        problem = problem_of(layer.packed_weight(), 1, dtype or _activation_dtype(model, layer))
+        of_x = dtype or _activation_dtype(model, layer)
+        problem = prepared_problem(layer.packed_weight(), of_x)
         problems.setdefault(layer.codes.device, {})[problem] = None
         layer._settled = True
     on_cpu = [m for m in model.modules() if isinstance(m, LutLinear) and m.takes_cpu_kernels()]

@@ -14,8 +14,8 @@ from flute.batch import BatchPlan
 from flute.candidates import heuristic
 from flute.config import Gpu
 from flute.format import QuantSpec
-from flute.jit import launch
-from flute.plans import SplitPlan, plans_of
+from flute.jit import cache, launch
+from flute.plans import KernelPlan, SplitPlan, plans_of
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +101,21 @@ def test_a_batch_kernel_gets_blocks_of_one_table():
         weight = random_weight(200, 8192, QuantSpec(4, 64), table_ends=ends)
         problem = launchers.problem_of(packed_weight(weight), 40, torch.float16)
         assert isinstance(launchers.choose(problem, ends, Gpu()), kind)
+
+
+@pytest.mark.parametrize("ends", [(64, 200), (16, 200), (15, 200)])
+def test_what_is_compiled_ahead_serves_every_number_of_tokens(monkeypatch, ends):
+    """Also where ranges of rows, which batch kernels do not take, have others serve."""
+    compiled = set()
+    monkeypatch.setattr(cache, "load_or_compile", lambda source, arch: source)
+    monkeypatch.setattr(launchers, "_load", lambda source, cubin, device: compiled.add(source.text))
+    weight = packed_weight(random_weight(200, 8192, QuantSpec(4, 64), table_ends=ends))
+    problem = launchers.prepared_problem(weight, torch.float16)
+    launchers.compile_kernels([problem], torch.device("cuda", 0), lambda *_: None)
+    for m in (*range(1, 130), *range(130, 2100, 37)):
+        plan = launchers.choose(problem[0]._replace(m=m), problem[1], Gpu())
+        if isinstance(plan, KernelPlan):
+            assert launchers.source_of(plan).text in compiled, m
 
 
 @pytest.mark.parametrize(("ends", "N", "num_ranges", "range_end"), WEIGHTS)

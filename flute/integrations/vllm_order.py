@@ -7,7 +7,7 @@ import torch
 from flute.device import warn_slow, why_not
 from flute.format import PackedWeight
 from flute.kernel_order import to_kernel_order
-from flute.launchers import compile_kernels, problem_of
+from flute.launchers import compile_kernels, prepared_problem
 
 
 def takes_kernels(weight: PackedWeight, dtype: torch.dtype) -> bool:
@@ -43,7 +43,7 @@ def in_device_order(weight: PackedWeight, dtype: torch.dtype) -> tuple[PackedWei
     num_bits, device = weight.spec.num_bits, weight.packed.device
     packed, scales = to_kernel_order(weight.packed, weight.scales, num_bits, weight.K)
     weight = weight._replace(packed=packed, scales=scales)
-    compile_kernels([problem_of(weight, 1, dtype)], device, lambda *_: None)
+    compile_kernels([prepared_problem(weight, dtype)], device, lambda *_: None)
     if device.type == "cuda":
         # NOTE: kernels read weights before the previous kernel of the stream has ended.
         torch.cuda.current_stream(device).synchronize()

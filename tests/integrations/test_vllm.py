@@ -234,7 +234,8 @@ def test_kernel_order_of_merged_layers(ranks, monkeypatch):
         prefix="l.gate_up_proj",
     )
     fill(layer, (gate, up), (0, 1))
-    assert [(p.n, p.k, p.num_bits) for (p,) in compiled] == [(128, 128, 3)]
+    assert [(p.n, p.k, p.num_bits) for ((p, _),) in compiled] == [(128, 128, 3)]
+    assert compiled[0][0][1] == (64, 128)
     assert layer.quant_method.out_features == 128
     assert layer.quant_method.table_ends == (64, 128)
     assert layer.codes.ndim == 3
