@@ -299,7 +299,10 @@ def test_bad_hessians_are_named(method, H, message):
     ("arguments", "message"),
     [
         ({"hessian": torch.eye(64)}, "method='mse' uses no `hessian`: drop it"),
-        ({"table_scope": "row"}, "` is 'mse'"),
+        (
+            {"table_scope": "row"},
+            "only 'lnq' learns a table per row (or 'nfl' that starts from it",
+        ),
         ({"table_scope": "head"}, "`table_scope` is 'head'; expected one of ('tensor', 'row')."),
     ],
 )

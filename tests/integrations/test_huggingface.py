@@ -319,7 +319,8 @@ def test_a_row_that_the_group_does_not_divide_gets_a_smaller_group(tmp_path: Pat
 def test_experts_left_dense_are_named_in_a_warning(tmp_path: Path) -> None:
     sizes = {"num_experts": 4, "num_experts_per_tok": 2}
     folder = save_dense(tmp_path, model_type="olmoe", **sizes)
-    with pytest.warns(UserWarning, match=r"4 tensors of MoE experts stay dense, .*layers.0.mlp"):
+    share = r"\d+% of the model's .*`model.layers.0.mlp.experts"
+    with pytest.warns(UserWarning, match=rf"4 tensors of MoE experts stay dense, {share}"):
         model = load(folder, quantization_config=FluteConfig(**CONFIG))
     assert isinstance(model.model.layers[0].self_attn.q_proj, LutLinear)
     assert model.model.layers[0].mlp.experts.gate_up_proj.dtype == torch.bfloat16
@@ -892,12 +893,13 @@ def test_the_shipped_model_keeps_its_quality(tmp_path: Path) -> None:
     def loss(model: Any) -> float:
         return float(model(ids, labels=ids).loss)
 
-    def quantised(num_bits: int) -> Any:
-        return from_pretrained(DEMO_MODEL, quantization_config=FluteConfig(num_bits))
+    def quantised(num_bits: int, method: str = "mse") -> Any:
+        config = FluteConfig(num_bits, method=method)
+        return from_pretrained(DEMO_MODEL, quantization_config=config)
 
     model = quantised(4)
     model.save_pretrained(tmp_path)
     assert torch.equal(from_pretrained(tmp_path)(ids).logits, model(ids).logits)
     dense = loss(from_pretrained(DEMO_MODEL))
     assert dense != loss(model) < dense + 0.25
-    assert loss(quantised(2)) > dense + 0.15
+    assert dense + 0.15 < loss(quantised(2)) < dense + 0.5 < loss(quantised(2, "nf"))
