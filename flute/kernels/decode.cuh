@@ -171,10 +171,10 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
                            int warp, int lane) {
   using D = Decode<Config>;
   const u32 barriers = smem + D::kBarrierOffset;
-  const u32 smem_partials = barriers + (D::kXBarriers + D::kWarps * share.num_rounds + 1) / 2 * 16;
+  const u32 smem_partials = barriers + (D::kXBarriers + D::kWarps * share.most_rounds + 1) / 2 * 16;
   const u32 smem_x = smem_partials + 2 * (D::kWarps + (D::kCluster > 1)) * min(p.shape_m, 8) *
                                          D::kPartialStride * 4;
-  const u32 x_barriers = barriers + (D::kXBarriers + warp * share.num_rounds) * 8;
+  const u32 x_barriers = barriers + (D::kXBarriers + warp * share.most_rounds) * 8;
 
   using Rows = typename D::Rows;
   const int num_blocks = (share.tile_end - share.tile_begin + D::kTiles - 1) / D::kTiles;
@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(Config::num_warps * 32, Config::min_blocks)
                         barriers + warp * D::Ring::kNumBarriers * 8);
   if (lane == 0) ring.init();
   for (int i = lane; i < share.num_rounds; i += 32)
-    ptx::mbarrier_init(barriers + (D::kXBarriers + warp * share.num_rounds + i) * 8, 32);
+    ptx::mbarrier_init(barriers + (D::kXBarriers + warp * share.most_rounds + i) * 8, 32);
   if constexpr (Config::bulk) ptx::fence_mbarrier_init();
   __syncwarp();
   Cursor<D> next(p, share, warp);

@@ -11,6 +11,7 @@ struct Share {
   int tile_begin, tile_end, panel_begin, num_panels,
       num_rounds;          // panels and rounds of the current phase
   int all_begin, all_end;  // panels of all phases
+  int most_rounds;  // of the cluster's largest share of K, so that all ranks have the same layout
 
   // Contiguous shares whose sizes differ by one at most.
   FLUTE_DEVICE Share(const DecodeParams& p, u32 rank) {
@@ -20,6 +21,7 @@ struct Share {
     tile_end = static_cast<int>(static_cast<long long>(num_tiles) * (cluster + 1) / num_clusters);
     all_begin = num_panels * static_cast<int>(rank) / D::kCluster;
     all_end = num_panels * static_cast<int>(rank + 1) / D::kCluster;
+    most_rounds = ((num_panels + D::kCluster - 1) / D::kCluster + D::kWarps - 1) / D::kWarps;
     set_phase(p, 0);
   }
 
