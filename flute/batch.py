@@ -19,7 +19,7 @@ BLOCK_N = 64
 """Rows of a wgmma: 4 tiles."""
 TOKENS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Sizes of a token tile that are compiled."""
-_TABLE_BYTES = {2: 65536, 3: 16384, 4: 65536}
+_TABLE_BYTES = {2: 65536, 3: 30720, 4: 65536}
 _WGMMA_TYPES = {"float16": "f16", "bfloat16": "bf16"}
 
 

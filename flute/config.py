@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 CHUNK_BYTES = {2: 256, 3: 384, 4: 512}
-TABLE_BYTES = {2: 32768, 3: 16384, 4: 32768}
-WIDE_TABLE_BYTES = 65536  # with lookups in registers, 2 bits
-ROW_TABLE_BYTES = {2: 16384, 3: 16384, 4: 65536}  # per tile
+TABLE_BYTES = {2: 32768, 3: 30720, 4: 32768}
+WIDE_TABLE_BYTES = 65536
+ROW_TABLE_BYTES = {2: 13312, 3: 30720, 4: 65536}  # per tile
 X_SOURCES = {"shared": 0, "global": 1, "registers": 2, "streamed": 3}
 DTYPE_IDX = {"float16": 0, "bfloat16": 1, "float32": 2}
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -40,12 +40,14 @@ class KernelConfig:
     stages: int = 3  # ring slots per warp
     cluster: int = 1  # blocks that split K
     part: int = 4  # chunks of a slot whose words are in registers at once
-    register_every: int = 0  # 2 bits: every so many chunks, half is looked up in registers; or 0
+    register_steps: int = 0  # of the 8 steps of two chunks, so many are looked up in registers
+    wide_table: bool = False  # 2 and 3 bits: 64 KB, fewer instructions for a lookup
     min_blocks: int = (
         2  # blocks per SM that registers must allow; 2 lets the next kernel start early
     )
     bulk: bool = True  # Hopper bulk copies; False: cp.async
     x_source: str = "shared"  # "global", "registers" or "streamed": see XSource in traits.cuh
+    phased: bool = False  # more than one phase
     x_rounds: int = 1  # with x_source "registers": rounds of panels that cover K of a block
 
     def source(self) -> str:
@@ -76,8 +78,10 @@ class KernelConfig:
         table = (
             self.tiles * self.row_table_bytes
             if self.row_tables
+            else 0
+            if self.register_steps == 8
             else WIDE_TABLE_BYTES
-            if self.register_every
+            if self.wide_table
             else TABLE_BYTES[self.num_bits]
         )
         ring = self.num_warps * self.stages * self.slot_bytes
@@ -85,14 +89,28 @@ class KernelConfig:
         num_barriers = (self.num_warps * self.stages if self.bulk else 0) + self.num_warps * -(
             -panels // self.num_warps
         )
-        partials = 2 * (self.num_warps + (self.cluster > 1)) * min(m, 8) * (self.tiles * 16 + 4) * 4
-        x = {
-            "shared": m * self.x_stride(k),
-            "global": 0,
-            "registers": self.num_warps * min(m, 8) * 144,
-            "streamed": self.num_warps * min(m, 8) * 144,
-        }[self.x_source]
-        return table + ring + -(-num_barriers // 2) * 16 + partials + x
+        sums = self._partials(m)
+        if self.x_source == "shared":
+            sums += m * self.x_stride(k)
+        elif self.x_source == "streamed":
+            sums += self._x_chunk(m)
+        elif self.x_source == "registers":  # before the sums, in their place
+            sums = max(sums, self._x_chunk(m) * self.x_stage(m))
+        return table + ring + -(-num_barriers // 2) * 16 + sums
+
+    def x_stage(self, m: int) -> int:
+        """Chunks of x that are transposed at once on their way to registers."""
+        limit = max(self._partials(m) * 17 // 16, 20480)
+        most = min(8, self.panel * self.x_rounds)
+        return next(
+            s for s in (8, 4, 2, 1) if s == 1 or (s <= most and self._x_chunk(m) * s <= limit)
+        )
+
+    def _x_chunk(self, m: int) -> int:
+        return self.num_warps * min(m, 8) * 144
+
+    def _partials(self, m: int) -> int:
+        return 2 * (self.num_warps + (self.cluster > 1)) * min(m, 8) * (self.tiles * 16 + 4) * 4
 
     @property
     def num_threads(self) -> int:
@@ -205,6 +223,8 @@ def supports(plan: Plan, m: int, n: int, k: int, gpu: Gpu) -> str:
     c = plan.config
     chunks = padded_k(k) // CHUNK_K
     panels = -(-chunks // c.panel // c.cluster)
+    if c.x_source not in X_SOURCES:
+        return f"x_source={c.x_source!r} must be one of {', '.join(X_SOURCES)}"
     if not 1 <= m <= c.block_tokens:
         return f"M={m} must be 1 to block_tokens={c.block_tokens}"
     if broken := group_rule(c.group_size, k):
@@ -220,8 +240,14 @@ def supports(plan: Plan, m: int, n: int, k: int, gpu: Gpu) -> str:
         )
     if c.x_source != "registers" and plan.phases != 1:
         return "phases need x in registers"
-    if c.register_every and (c.num_bits != 2 or c.row_tables):
-        return "lookups in registers need 2 bits and one table"
+    if c.phased != (plan.phases > 1):
+        return f"phased={c.phased} does not fit {plan.phases} phases"
+    if (c.register_steps or c.wide_table) and c.num_bits == 4:
+        return "register_steps and wide_table need 2 or 3 bits"
+    if c.wide_table and c.row_tables:
+        return "wide_table is for one table"
+    if not 0 <= c.register_steps <= 8 or (c.num_bits == 2 and c.register_steps % 2):
+        return f"register_steps={c.register_steps} must be 0 to 8, and even at 2 bits"
     if c.smem_bytes(m, k) > gpu.smem_bytes:
         return f"{c.smem_bytes(m, k)} bytes of shared memory exceed {gpu.smem_bytes}"
     return ""

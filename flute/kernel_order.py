@@ -10,9 +10,10 @@ in CUDA C++. A matrix (N, K) is padded with zeros: N = 16 tiles, K = 64 chunks =
     pair[step][half*2 + h] = code[e = 0] | code[e = 1] << num_bits
 
     4 bits, lane's 4 words:  w[step] = rotate_left(sum_i pair[step][i] << 8i, 7)
-    3 bits, 3 words:         byte i of w[s], s < 3 = pair[s][i] | (pair[3][i] >> 2s & 3) << 6
-    2 bits, 2 words:         w[s/2] = rotate_left(steps s = 2i, 2i + 1 as half-words, 7); a step has
-                             code j of row h at bits 4j + 2h; j = half*2 + e
+    3 bits, 3 words:         byte h*2 + half of w[s], s < 3, has the codes of pair[s][half*2 + h] at
+                             bits 0 and 4, and at bits 3 and 7 bit 2 - s of those of step 3
+    2 bits, 2 words:         w[s/2] = steps s = 2i, 2i + 1 as half-words; a step has code j of row h
+                             at bits 4j + 2h; j = half*2 + e
 
 Lanes' words lie side by side, 16 (4 bits) or 8 (2 bits) bytes a lane; 3 bits: 8 bytes a lane,
 then 4 bytes a lane. Why rotated: byte 0 then stands at its offset in a table of 128-byte entries.
@@ -122,9 +123,10 @@ def order_codes(codes: Tensor, num_bits: int) -> Tensor:
         spread = (pair & 3) | (pair & 12) << 2  # codes e = 0, 1 at bits 0 and 4
         steps = spread[..., 0] | spread[..., 1] << 2 | spread[..., 2] << 8 | spread[..., 3] << 10
         steps = steps.reshape(tiles, chunks, 32, 2, 2)
-        return _rotate_left(steps[..., 0] | steps[..., 1] << 16, 7).reshape(tiles, chunks, 64)
-    shift = torch.tensor([0, 2, 4], dtype=torch.int32, device=codes.device)[:, None]
-    words = _bytes_to_word(pair[..., :3, :] | (pair[..., 3:, :] >> shift & 3) << 6)  # lane, 3
+        return (steps[..., 0] | steps[..., 1] << 16).reshape(tiles, chunks, 64)
+    spread = ((pair & 7) | (pair & 56) << 1)[..., [0, 2, 1, 3]]  # codes at bits 0 and 4
+    shift = torch.tensor([2, 1, 0], dtype=torch.int32, device=codes.device)[:, None]
+    words = _bytes_to_word(spread[..., :3, :] | (spread[..., 3:, :] >> shift & 0x11) << 3)
     return torch.cat((words[..., :2].reshape(tiles, chunks, 64), words[..., 2]), dim=-1)
 
 
@@ -146,15 +148,17 @@ def plain_codes(packed: Tensor, num_bits: int, N: int, K: int) -> Tensor:
     if num_bits == 4:
         pair = _rotate_left(packed.reshape(tiles, chunks, 32, 4, 1), 25) >> byte & mask
     elif num_bits == 2:
-        half_word = _rotate_left(packed.reshape(tiles, chunks, 32, 2, 1), 25) >> byte[:2] * 2
+        half_word = packed.reshape(tiles, chunks, 32, 2, 1) >> byte[:2] * 2
         shift = torch.tensor([0, 2, 8, 10], dtype=torch.int32, device=packed.device)
         spread = (half_word & 0xFFFF).reshape(tiles, chunks, 32, 4, 1) >> shift
         pair = spread & 3 | spread >> 2 & 12
     else:
         low = packed[..., :64].reshape(tiles, chunks, 32, 2)
         field = torch.cat((low, packed[..., 64:, None]), dim=-1)[..., None] >> byte & 0xFF
-        last = (field[..., 0, :] >> 6) | (field[..., 1, :] >> 6) << 2 | (field[..., 2, :] >> 6) << 4
-        pair = torch.cat((field & mask, last[..., None, :]), dim=-2)  # lane, step, byte
+        shift = torch.tensor([2, 1, 0], dtype=torch.int32, device=packed.device)[:, None]
+        last = ((field >> 3 & 0x11) << shift).sum(-2, dtype=torch.int32)  # of step 3
+        spread = torch.cat((field & 0x77, last[..., None, :]), dim=-2)[..., [0, 2, 1, 3]]
+        pair = spread & 7 | spread >> 1 & 56  # lane, step, i
     pair = pair.reshape(tiles, chunks, 8, 4, 4, 2, 2)  # tile, chunk, g, q, step, half, h
     codes = torch.stack((pair & (1 << num_bits) - 1, pair >> num_bits), dim=-1).to(torch.uint8)
     codes = codes.permute(0, 6, 2, 1, 4, 5, 3, 7).reshape(tiles * TILE_N, chunks * CHUNK_K)

@@ -398,13 +398,15 @@ def _decode_launcher(
 
     config, (m, n, k) = plan.config, problem[-3:]
     clusters = max(1, min(num_tiles(n), gpu.num_sms * plan.blocks_per_sm // config.cluster))
-    sizes = (m, n, k, padded_k(k) // CHUNK_K, config.x_stride(k), plan.phases)
+    chunks = padded_k(k) // CHUNK_K
+    split = divmod(num_tiles(n), clusters)
+    sizes = (m, n, k, chunks, config.x_stride(k), config.x_stage(m), *split, plan.phases)
     return Launcher(
         function,
         grid=(clusters * config.cluster, 1, 1),
         num_threads=config.num_threads,
         smem_bytes=config.smem_bytes(m, k),
-        params=bytes(7 * 8) + struct.pack("6i", *sizes) + _ranges(table_ends, n),
+        params=bytes(7 * 8) + struct.pack("9i", *sizes) + _ranges(table_ends, n),
         slots=range(0, 7 * 8, 8),
         cluster=config.cluster,
         dependent=config.bulk,

@@ -68,12 +68,11 @@ def test_one_code_lands_where_the_docstring_says(num_bits):
         if num_bits == 4:
             at, bit = lane * 4 + step, (8 * i + 4 * e + 7) % 32
         elif num_bits == 2:
-            at, bit = lane * 2 + step // 2, (16 * (step % 2) + 4 * (half * 2 + e) + 2 * h + 7) % 32
+            at, bit = lane * 2 + step // 2, 16 * (step % 2) + 4 * (half * 2 + e) + 2 * h
         elif step < 3:
-            at, bit = (lane * 2 + step if step < 2 else 64 + lane), 8 * i + 3 * e
-        else:  # bit 3e of the pair, in the top of words 0 to 2
-            word, top = divmod(3 * e, 2)
-            at, bit = (lane * 2 + word if word < 2 else 64 + lane), 8 * i + 6 + top
+            at, bit = (lane * 2 + step if step < 2 else 64 + lane), 8 * (2 * h + half) + 4 * e
+        else:  # bit 0 of the code: in word 2, above that of step 2
+            at, bit = 64 + lane, 8 * (2 * h + half) + 4 * e + 3
         expected = [0] * len(words)
         expected[at] = 1 << bit if bit < 31 else -(1 << 31)
         assert words == expected

@@ -13,18 +13,19 @@ struct XRows {
   // Tokens c * 8 to c * 8 + 7 of panels `panel`, `panel` + kWarps, ... of the share; else zeros.
   FLUTE_DEVICE void load(const DecodeParams& p, const Share<D>& share, int c, int panel, int lane) {
     const int last = min(p.shape_m - c * 8, 8) - 1, token = lane >> 3, granule = lane & 7;
+    const u16* x = static_cast<const u16*>(p.x) + static_cast<long long>(c * 8 + token) * p.shape_k;
 #pragma unroll
-    for (int j = 0; j < D::kXRounds * D::kPanel; j++) {
-      const int at = panel + j / D::kPanel * D::kWarps;
-      const int k = ((share.panel_begin + at) * D::kPanel + j % D::kPanel) * 64 + granule * 8;
-      const bool inside = at < share.num_panels && k < p.shape_k;
+    for (int i = 0; i < 2; i++) {
+      const bool wanted = token + i * 4 <= last;
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
+      for (int j = 0; j < D::kXRounds * D::kPanel; j++) {
+        const int at = panel + j / D::kPanel * D::kWarps;
+        const int k = ((share.panel_begin + at) * D::kPanel + j % D::kPanel) * 64 + granule * 8;
         v[j][i][0] = v[j][i][1] = v[j][i][2] = v[j][i][3] = 0;
-        const u16* x = static_cast<const u16*>(p.x) +
-                       static_cast<long long>(c * 8 + token + i * 4) * p.shape_k + k;
-        if (inside && token + i * 4 <= last) ptx::ld_global_v4(v[j][i], x);
+        if (wanted && at < share.num_panels && k < p.shape_k)
+          ptx::ld_global_v4(v[j][i], x + i * 4ll * p.shape_k + k);
       }
+      if (last < 4) break;
     }
   }
 };
@@ -38,9 +39,7 @@ struct XFragments {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int st = half * 2 + i;
-      bool crossed = false;
-      if constexpr (D::kRegisterEvery > 0)
-        crossed = D::in_registers(j % D::kPanel) && D::Table::crossed(st);
+      const bool crossed = D::kBits == 2 && D::in_registers(j % D::kPanel, st);
       v[j][c][st][0] = crossed ? __byte_perm(r[i * 2], r[i * 2 + 1], 0x5410) : r[i * 2];
       v[j][c][st][1] = crossed ? __byte_perm(r[i * 2], r[i * 2 + 1], 0x7632) : r[i * 2 + 1];
     }
@@ -52,38 +51,39 @@ struct XFragments {
     for (int j = 0; j < D::kPanel; j++)
 #pragma unroll
       for (int c = 0; c < D::kColumns; c++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          u32 r[4];
-          ptx::ldmatrix_x4(r, row[c] + (k + j * 64 + half * 32) * 2);
-          set(j, c, half, r);
-        }
+        read(j, c, row[c] + (k + j * 64) * 2);
   }
 
-  // From rows in registers, through `stage` in shared memory: a chunk at a time, 144 bytes a token.
+  // From rows in registers, through `stage` in shared memory: COUNT chunks at a time, 144 bytes a
+  // token.
+  template <int COUNT>
   FLUTE_DEVICE void transpose(const XRows<D>& rows, const DecodeParams& p, int c, u32 stage,
                               int lane) {
+    constexpr int kStride = XRows<D>::kStride;
     const int last = min(p.shape_m - c * 8, 8) - 1, token = lane >> 3, granule = lane & 7;
-    const u32 row = stage + min(lane & 7, last) * XRows<D>::kStride + (lane >> 3) * 16;
+    const int chunk_bytes = min(p.shape_m, 8) * kStride;
+    const u32 to = stage + token * kStride + granule * 16,
+              row = stage + min(lane & 7, last) * kStride + (lane >> 3) * 16;
 #pragma unroll
-    for (int j = 0; j < D::kXRounds * D::kPanel; j++) {
+    for (int first = 0; first < D::kXRounds * D::kPanel; first += COUNT) {
 #pragma unroll
-      for (int i = 0; i < 2; i++)
-        if (token + i * 4 <= last)
-          ptx::st_shared_v4(stage + (token + i * 4) * XRows<D>::kStride + granule * 16,
-                            rows.v[j][i][0], rows.v[j][i][1], rows.v[j][i][2], rows.v[j][i][3]);
+      for (int j = 0; j < COUNT; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          const u32(&v)[4] = rows.v[first + j][i];
+          if (token + i * 4 <= last)
+            ptx::st_shared_v4(to + j * chunk_bytes + i * 4 * kStride, v[0], v[1], v[2], v[3]);
+        }
       __syncwarp();
-      u32 lo[4], hi[4];
-      ptx::ldmatrix_x4(lo, row);
-      ptx::ldmatrix_x4(hi, row + 64);
-      set(j, c, 0, lo);
-      set(j, c, 1, hi);
+#pragma unroll
+      for (int j = 0; j < COUNT; j++) read(first + j, c, row + j * chunk_bytes);
       __syncwarp();
     }
   }
 
-  // All of this warp's x, once. Why through registers: all loads fly at once, with a stage of one
-  // chunk.
+  // All of this warp's x, once. Why through registers: all loads fly at once (8 tokens of 57344 x
+  // 8192 by cp.async, half of the chunks at a time: 4 us more).
+  template <int COUNT>
   FLUTE_DEVICE void load_once(const DecodeParams& p, const Share<D>& share, u32 stage, int warp,
                               int lane) {
 #pragma unroll
@@ -91,7 +91,17 @@ struct XFragments {
       if (c * 8 >= p.shape_m) break;
       XRows<D> rows;
       rows.load(p, share, c, warp, lane);
-      transpose(rows, p, c, stage, lane);
+      transpose<COUNT>(rows, p, c, stage, lane);
+    }
+  }
+
+  // A chunk, from the row of its stage that this lane gives to ldmatrix.
+  FLUTE_DEVICE void read(int j, int c, u32 row) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      u32 r[4];
+      ptx::ldmatrix_x4(r, row + half * 64);
+      set(j, c, half, r);
     }
   }
 

@@ -9,7 +9,8 @@ namespace flute {
 template <class D>
 FLUTE_DEVICE void build_table(u32 smem_table, const BatchParams& p, int range, int num_threads) {
   const float* tables = static_cast<const float*>(p.table) + (range << D::kBits);
-  D::Steps::template build<typename D::Act>(smem_table, tables, threadIdx.x, num_threads);
+  const Entries<D::kBits, typename D::Act> entries(tables, threadIdx.x % 32);
+  D::Steps::build(smem_table, entries, threadIdx.x, num_threads);
 }
 
 // Table per row: the lane's own rows g and g + 8, an entry the pair of their values, 128 bytes

@@ -33,14 +33,15 @@
 // (and swapped within a step for those looked up in registers).
 //
 // Shared memory (bytes):
-//   table      Lookup<NUM_BITS>::kTableBytes; with lookups in registers kWideTableBytes; with one
-//              table per row ROW_BUFFERS * TILES * (kRowTableBytes + 16 tables as they are if 2)
+//   table      Lookup<NUM_BITS>::kTableBytes or kWideTableBytes, none if all lookups are in
+//              registers; with one table per row ROW_BUFFERS * TILES * (kRowTableBytes + 16 tables
+//              as they are if 2)
 //   rings      NUM_WARPS * NUM_STAGES * PANEL * (chunk + its scales)
 //   barriers   (rings: NUM_WARPS * NUM_STAGES, x: NUM_WARPS * rounds) * 8
 //   partials   2 * (NUM_WARPS + 1 in a cluster) * min(M, 8) * (16 * TILES + 4) * 4
 //   x          shared: M * (K of this block * 2 + 16)  + 16: rows 4 banks apart, for ldmatrix
-//              registers, streamed: NUM_WARPS * min(M, 8) * (64 * 2 + 16), to transpose a chunk at
-//              a time
+//              streamed: NUM_WARPS * min(M, 8) * (64 * 2 + 16), to transpose a chunk at a time
+//              registers: `x_stage` times that, where partials come later
 //
 // Time line with programmatic dependent launch (sm_90). Everything left of `wait` overlaps the
 // previous kernel, which needs room for two blocks per SM (MIN_BLOCKS = 2: half the shared memory,
@@ -59,25 +60,49 @@
 
 namespace flute {
 
+// The tables of a lane in registers.
+template <class D>
+using InRegisters = RegisterTables<D::kBits, D::kRowTables>;
+
 // The fragments of chunk `chunk` of a panel.
 template <class D>
 FLUTE_DEVICE void look_up(u32 (&a)[4][4], const u32 (&words)[D::Table::kWords],
-                          const RegisterTable& registers, u32 smem_table, u32 offset, int chunk) {
-  if constexpr (D::kRowTables)
+                          const InRegisters<D>& registers, u32 smem_table, u32 offset, int chunk) {
+  if constexpr (D::kBits == 4 && D::kRowTables) {
     D::Table::row_fragments(a, words, smem_table, offset);
-  else if constexpr (D::kRegisterEvery == 0)
+  } else if constexpr (D::kBits == 4) {
     D::Table::fragments(a, words, smem_table, offset);
-  else if (D::in_registers(chunk))
-    D::Table::mixed_fragments(a, words, smem_table, offset, registers);
-  else
-    D::Table::wide_fragments(a, words, smem_table, offset);
+  } else if constexpr (D::kBits == 3) {
+#pragma unroll
+    for (int st = 0; st < 4; st++) {
+      const u32 word = D::Table::step_word(words, st);
+      if (D::in_registers(chunk, st))
+        registers.step(a[st], word);
+      else
+        D::Table::read_step(a[st], D::kWideTable ? word : word & D::Table::kCodes, smem_table,
+                            offset, D::kRowTables ? 128 : 0);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      u32(&a0)[4] = a[2 * i], (&a1)[4] = a[2 * i + 1];
+      if (D::in_registers(chunk, 2 * i))
+        registers.word(a0, a1, words[i]);
+      else if constexpr (D::kRowTables)
+        D::Table::read_word_rows(a0, a1, words[i], smem_table, offset);
+      else if constexpr (D::kWideTable)
+        D::Table::read_word_wide(a0, a1, words[i], smem_table, offset);
+      else
+        D::Table::read_word(a0, a1, words[i], smem_table, offset);
+    }
+  }
 }
 
 // One slot: look the weights up, multiply, scale into acc.
 template <class D, int ROUND>
 FLUTE_DEVICE void multiply_slot(float (&acc)[D::kColumns][4], const XFragments<D>& x,
                                 typename D::Ring& ring, Cursor<D>& next, const DecodeParams& p,
-                                const RegisterTable& registers, u32 smem_table, u32 offset,
+                                const InRegisters<D>& registers, u32 smem_table, u32 offset,
                                 int lane) {
   using Table = typename D::Table;
   // Why in parts: more words at once cost registers, which spill (M > 8, or groups of 32).
@@ -148,15 +173,18 @@ FLUTE_DEVICE void multiply_slot(float (&acc)[D::kColumns][4], const XFragments<D
   }
 }
 
+template <class D>
+using TableEntries = Entries<D::kBits, typename D::Act>;
+
 // A table to shared memory, by the whole block, and to registers.
 template <class D>
-FLUTE_DEVICE void load_table(RegisterTable& registers, u32 smem, const float* table) {
-  if constexpr (D::kRegisterEvery > 0) {
-    registers.load<typename D::Act>(table);
-    D::Table::template build_wide<typename D::Act>(smem, table, threadIdx.x, D::kThreads);
-  } else {
-    D::Table::template build<typename D::Act>(smem, table, threadIdx.x, D::kThreads);
-  }
+FLUTE_DEVICE void spread_table(InRegisters<D>& registers, u32 smem,
+                               const TableEntries<D>& entries) {
+  if constexpr (D::kRegisterSteps > 0) registers.tables[0].load(entries);
+  if constexpr (D::kWideTable && !D::kAllInRegisters)
+    D::Table::build_wide(smem, entries, threadIdx.x, D::kThreads);
+  else if constexpr (!D::kAllInRegisters)
+    D::Table::build(smem, entries, threadIdx.x, D::kThreads);
 }
 
 template <int VALUE>
@@ -167,8 +195,8 @@ struct Constant {
 // One warp: all its tile blocks.
 template <class Config>
 FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Config>>& next,
-                           const DecodeParams& p, Share<Decode<Config>>& share, u32 smem, u32 rank,
-                           int warp, int lane) {
+                           const DecodeParams& p, Share<Decode<Config>>& share,
+                           float entry, int range, u32 smem, u32 rank, int warp, int lane) {
   using D = Decode<Config>;
   const u32 barriers = smem + D::kBarrierOffset;
   const u32 smem_partials = barriers + (D::kXBarriers + D::kWarps * share.most_rounds + 1) / 2 * 16;
@@ -179,11 +207,9 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
   using Rows = typename D::Rows;
   const int num_blocks = (share.tile_end - share.tile_begin + D::kTiles - 1) / D::kTiles;
   const float* tables = static_cast<const float*>(p.table);
-  RegisterTable registers;
-  int range = 0;
+  InRegisters<D> registers;
   if constexpr (!D::kRowTables) {
-    while (range + 1 < p.num_ranges && share.tile_begin >= p.range_end[range]) range++;
-    load_table<D>(registers, smem, tables + (range << D::kBits));
+    spread_table<D>(registers, smem, TableEntries<D>(entry));
   } else if constexpr (D::kRowBuffers == 2) {
     Rows first, second;
     first.load(tables, share.tile_begin * 16, p.shape_n, threadIdx.x);
@@ -201,7 +227,8 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
   XFragments<D> x;
   XRows<D> rows[D::kColumns];  // streamed: of the next round
   u32 x_row[D::kColumns];
-  const u32 stage = smem_x + warp * min(p.shape_m, 8) * XRows<D>::kStride;
+  const int stage_bytes = min(p.shape_m, 8) * XRows<D>::kStride * (D::kXStays ? p.x_stage : 1);
+  const u32 stage = (D::kXStays ? smem_partials : smem_x) + warp * stage_bytes;
   if constexpr (Config::x_source == kXShared) {
     fetch_x<D>(smem_x, x_barriers, p, share, warp, lane);
 #pragma unroll
@@ -213,20 +240,27 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
     for (int c = 0; c < D::kColumns; c++) rows[c].load(p, share, c, warp, lane);
   }
 
-  u32 offset = D::kRowTables ? D::Table::row_lane_offset(lane) : D::Table::lane_offset(lane);
+  u32 offset = D::kRowTables ? lane * 4 : D::Table::lane_offset(lane);
   // Why: a shuffle is opaque to ptxas, which otherwise masks the thread index anew for every
   // lookup: 8 instructions per chunk at 2 bits (an empty asm does not stop it).
   offset = __shfl_sync(0xFFFFFFFFu, offset, lane);
   Reduction<D> reduction(smem_partials, rank, p.shape_m);
 #pragma unroll 1
-  for (int phase = 0; phase < p.num_phases; phase++) {
+  for (int phase = 0; phase < (D::kPhased ? p.num_phases : 1); phase++) {
     if constexpr (D::kXStays) {
-      if (phase > 0) {
+      if (D::kPhased && phase > 0) {
         __syncthreads();  // sums in the workspace, written by other threads of the block
         share.set_phase(p, phase);
         reduction.phase = phase;
       }
-      x.load_once(p, share, stage, warp, lane);
+      constexpr int kMost = D::kPanel < 8 ? D::kPanel : 8, kHalf = kMost < 2 ? 1 : kMost / 2;
+      if (p.x_stage >= kMost)
+        x.template load_once<kMost>(p, share, stage, warp, lane);
+      else if (p.x_stage >= kHalf)
+        x.template load_once<kHalf>(p, share, stage, warp, lane);
+      else
+        x.template load_once<1>(p, share, stage, warp, lane);
+      __syncthreads();  // the stages lie where sums will
     }
     int count;
     for (int tile = share.tile_begin; tile < share.tile_end; tile += count) {
@@ -248,19 +282,24 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
         range = 0;
         while (tile >= p.range_end[range]) range++;
         __syncthreads();
-        load_table<D>(registers, smem, tables + (range << D::kBits));
+        spread_table<D>(registers, smem,
+                        TableEntries<D>(tables + (range << D::kBits), lane));
         __syncthreads();
       }
 
       float acc[D::kTiles][D::kColumns][4] = {};
       const auto multiply_round = [&](auto round) {
 #pragma unroll
-        for (int t = 0; t < D::kTiles; t++)
-          if (t < count)
-            multiply_slot<D, decltype(round)::kValue>(
-                acc[t], x, ring, next, p, registers,
-                D::kRowTables ? smem + turn * D::kBufferBytes + t * D::Table::kRowTableBytes : smem,
-                offset, lane);
+        for (int t = 0; t < D::kTiles; t++) {
+          if (t >= count) continue;
+          u32 table = smem;
+          if constexpr (D::kRowTables)
+            table += turn * D::kBufferBytes + t * D::Table::kRowTableBytes;
+          if constexpr (D::kRowTables && D::kRegisterSteps > 0)
+            registers.template load_rows<typename D::Act>(tables, tile + t, p.shape_n, lane);
+          multiply_slot<D, decltype(round)::kValue>(acc[t], x, ring, next, p, registers, table,
+                                                    offset, lane);
+        }
       };
       if constexpr (D::kXStays) {
         if (warp < share.num_panels) multiply_round(Constant<0>());
@@ -278,7 +317,7 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
             const int after = panel + D::kWarps < share.num_panels ? panel + D::kWarps : warp;
 #pragma unroll
             for (int c = 0; c < D::kColumns; c++) {
-              x.transpose(rows[c], p, c, stage, lane);
+              x.template transpose<1>(rows[c], p, c, stage, lane);
               rows[c].load(p, share, c, after, lane);
             }
           } else {
@@ -311,23 +350,32 @@ __global__ void __launch_bounds__(Config::num_warps * 32, Config::min_blocks)
   const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const u32 rank = D::kCluster > 1 ? ptx::cluster_rank() : 0;
   Share<D> share(p, rank);
-
-  // Start the weights' flight first: it needs nothing from the previous kernel, nor from the other
-  // warps.
+  // The weights and the table's entries take off first: they need nothing from the previous kernel,
+  // nor from the other warps.
   typename D::Ring ring(smem + D::kRingOffset + warp * Config::stages * D::Ring::kSlotBytes,
                         barriers + warp * D::Ring::kNumBarriers * 8);
   if (lane == 0) ring.init();
-  for (int i = lane; i < share.num_rounds; i += 32)
-    ptx::mbarrier_init(barriers + (D::kXBarriers + warp * share.most_rounds + i) * 8, 32);
+  if constexpr (Config::x_source == kXShared)
+#pragma unroll 1
+    for (int i = lane; i < share.num_rounds; i += 32)
+      ptx::mbarrier_init(barriers + (D::kXBarriers + warp * share.most_rounds + i) * 8, 32);
   if constexpr (Config::bulk) ptx::fence_mbarrier_init();
   __syncwarp();
+  // Why not sooner: the fence would wait for it.
+  int range = 0;  // whose table is in use
+  float entry = 0.f;
+  if constexpr (!D::kRowTables) {
+    while (range + 1 < p.num_ranges && share.tile_begin >= p.range_end[range]) range++;
+    entry =
+        TableEntries<D>::load(static_cast<const float*>(p.table) + (range << D::kBits), lane);
+  }
   Cursor<D> next(p, share, warp);
 #pragma unroll 1
   for (int i = 0; i < Config::stages; i++) refill<D>(ring, i, next, p, lane, 0);
   // Why here: earlier or later (at the top, after x, after the last refill) made no difference on
   // 4096 x 4096.
   ptx::griddepcontrol_launch_dependents();
-  run_warp<Config>(ring, next, p, share, smem, rank, warp, lane);
+  run_warp<Config>(ring, next, p, share, entry, range, smem, rank, warp, lane);
   // A block must not leave while another of its cluster still reads its partial sums.
   if constexpr (D::kCluster > 1) ptx::cluster_sync();
 }

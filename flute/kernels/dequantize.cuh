@@ -40,12 +40,9 @@ FLUTE_DEVICE int code_of(const u32 (&w)[Lookup<NUM_BITS>::kWords], int st, int i
   if constexpr (NUM_BITS == 4) {
     return __funnelshift_r(w[st], w[st], 7) >> (8 * i + 4 * e) & 15;
   } else if constexpr (NUM_BITS == 2) {
-    const u32 step = __funnelshift_r(w[st / 2], w[st / 2], 7) >> (16 * (st % 2));
-    return step >> (4 * ((i >> 1) * 2 + e) + 2 * (i & 1)) & 3;
+    return w[st / 2] >> (16 * (st % 2)) >> (4 * ((i >> 1) * 2 + e) + 2 * (i & 1)) & 3;
   } else {
-    u32 v[4];
-    Lookup<3>::pairs(v, w);
-    return v[st] >> (8 * i + 3 * e) & 7;
+    return Lookup<3>::step_word(w, st) >> (8 * Lookup<3>::byte_of(i) + 4 * e) & 7;
   }
 }
 

@@ -109,8 +109,8 @@ __global__ void __launch_bounds__(Mma<Config>::kThreads, Config::min_blocks)
       build_row_tables<D>(smem, tables, unit.tile, p.shape_n, warp, lane);
     } else if (unit.range != range) {
       range = unit.range;
-      D::Table::template build<typename D::Act>(smem, tables + (range << D::kBits), threadIdx.x,
-                                                D::kThreads);
+      const Entries<D::kBits, typename D::Act> entries(tables + (range << D::kBits), lane);
+      D::Table::build(smem, entries, threadIdx.x, D::kThreads);
     }
     if constexpr (D::kAhead) {
       ptx::cp_async_wait<D::kStages - 2>();

@@ -39,7 +39,7 @@ FLUTE_DEVICE void look_up_step(u32 (&a)[4], const u32 (&words)[D::Table::kWords]
     a[3] = ptx::ld_table(table + ((__funnelshift_l(w, w, 8) & mask) | offset));
   } else {
     const u32 w = words[st / 2], mask = D::Table::kMask;
-    const u32 first = st % 2 ? w >> 16 : w, second = st % 2 ? __funnelshift_l(w, w, 8) : w >> 8;
+    const u32 first = st % 2 ? w >> 9 : w << 7, second = w >> (st % 2 ? 17 : 1);
     ptx::ld_table_v2(a[0], a[1], table + ((first & mask) | offset));
     ptx::ld_table_v2(a[2], a[3], table + ((second & mask) | offset));
   }

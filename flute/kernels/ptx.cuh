@@ -321,6 +321,17 @@ FLUTE_DEVICE u32 prmt(u32 a, u32 b, u32 selector) {
   return d;
 }
 
+// The upper half of v in both halves, for v whose upper half is no NaN as a half: x * 1 is exact,
+// and an operand may name a half, so this takes the floating-point unit one instruction.
+FLUTE_DEVICE u32 upper_half(u32 v) {
+  u32 d;
+  asm("{\n.reg .b16 lo, hi;\n.reg .b32 both;\n"
+      "mov.b32 {lo, hi}, %1;\nmov.b32 both, {hi, hi};\nmul.f16x2 %0, both, %2;\n}"
+      : "=r"(d)
+      : "r"(v), "r"(0x3C003C00));
+  return d;
+}
+
 // cvt.f32.f16 (any GPU).
 FLUTE_DEVICE float cvt_f32_f16(u16 v) {
   float r;

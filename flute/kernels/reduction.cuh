@@ -84,11 +84,13 @@ struct Reduction {
 
   FLUTE_DEVICE void store(float sum, int n, int token, const DecodeParams& p) const {
     if (n >= p.shape_n) return;
-    float* so_far = p.workspace + static_cast<long long>(token) * p.shape_n + n;
-    if (phase > 0) sum += *so_far;
-    if (phase + 1 < p.num_phases) {
-      *so_far = sum;
-      return;
+    if constexpr (D::kPhased) {
+      float* so_far = p.workspace + static_cast<long long>(token) * p.shape_n + n;
+      if (phase > 0) sum += *so_far;
+      if (phase + 1 < p.num_phases) {
+        *so_far = sum;
+        return;
+      }
     }
     if (D::kGroup == 0) sum *= D::Scale::load_global(p.scales, n);
     if (p.bias != nullptr) sum += D::Act::load_global(p.bias, n);

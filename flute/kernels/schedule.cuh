@@ -15,10 +15,10 @@ struct Share {
 
   // Contiguous shares whose sizes differ by one at most.
   FLUTE_DEVICE Share(const DecodeParams& p, u32 rank) {
-    const int cluster = blockIdx.x / D::kCluster, num_clusters = gridDim.x / D::kCluster;
-    const int num_tiles = (p.shape_n + 15) / 16, num_panels = p.num_chunks / D::kPanel;
-    tile_begin = static_cast<int>(static_cast<long long>(num_tiles) * cluster / num_clusters);
-    tile_end = static_cast<int>(static_cast<long long>(num_tiles) * (cluster + 1) / num_clusters);
+    const int cluster = blockIdx.x / D::kCluster;
+    const int num_panels = p.num_chunks / D::kPanel;
+    tile_begin = cluster * p.tiles_each + min(cluster, p.tiles_rest);
+    tile_end = tile_begin + p.tiles_each + (cluster < p.tiles_rest);
     all_begin = num_panels * static_cast<int>(rank) / D::kCluster;
     all_end = num_panels * static_cast<int>(rank + 1) / D::kCluster;
     most_rounds = ((num_panels + D::kCluster - 1) / D::kCluster + D::kWarps - 1) / D::kWarps;
@@ -27,8 +27,12 @@ struct Share {
 
   FLUTE_DEVICE void set_phase(const DecodeParams& p, int phase) {
     const int count = all_end - all_begin;
-    panel_begin = all_begin + count * phase / p.num_phases;
-    num_panels = all_begin + count * (phase + 1) / p.num_phases - panel_begin;
+    panel_begin = all_begin;
+    num_panels = count;
+    if constexpr (D::kPhased) {
+      panel_begin += count * phase / p.num_phases;
+      num_panels = all_begin + count * (phase + 1) / p.num_phases - panel_begin;
+    }
     num_rounds = (num_panels + D::kWarps - 1) / D::kWarps;
   }
 
@@ -65,8 +69,8 @@ struct Cursor {
   FLUTE_DEVICE void start_phase(const DecodeParams& p) {
     count = 0;
     tile = share.tile_begin;
-    for (; phase < p.num_phases; phase++) {
-      share.set_phase(p, phase);
+    for (; phase < (D::kPhased ? p.num_phases : 1); phase++) {
+      if constexpr (D::kPhased) share.set_phase(p, phase);
       if (warp < share.num_panels) {
         count = share.block_tiles(p, tile);
         return;

@@ -11,32 +11,33 @@ namespace flute {
 template <int NUM_BITS>
 struct StepLookup {
   using Table = Lookup<NUM_BITS>;
-  static constexpr int kTableBytes = NUM_BITS == 3 ? 64 * 256 : 256 * 256;
+  static constexpr int kTableBytes = NUM_BITS == 3 ? Table::kTableBytes : 256 * 256;
   static constexpr int kWords = NUM_BITS == 2 ? 2 : 4;
 
   static FLUTE_DEVICE u32 lane_offset(int lane) { return Table::lane_offset(lane); }
 
   template <class Act>
-  static FLUTE_DEVICE void build(u32 smem_table, const float* table, int thread_idx,
-                                 int num_threads) {
+  static FLUTE_DEVICE void build(u32 smem_table, const Entries<NUM_BITS, Act>& entries,
+                                 int thread_idx, int num_threads) {
     if constexpr (NUM_BITS == 3) {
-      Table::template build<Act>(smem_table, table, thread_idx, num_threads);
+      Table::build(smem_table, entries, thread_idx, num_threads);
     } else if constexpr (NUM_BITS == 2) {
-      Table::template build_wide<Act>(smem_table, table, thread_idx, num_threads);
+      Table::build_wide(smem_table, entries, thread_idx, num_threads);
     } else {
       for (int i = thread_idx; i < 256 * 8; i += num_threads) {
-        const u32 v = table_pair<4, Act>(table, i >> 3);
+        const u32 v = entries.pair(i >> 3);
         ptx::st_shared_v4(smem_table + (i >> 3) * 256 + (i & 7) * 16, v, v, v, v);
       }
     }
   }
 
   static FLUTE_DEVICE void split(u32 (&bytes)[kWords], const u32 (&w)[Table::kWords]) {
-    if constexpr (NUM_BITS == 3) {
-      Table::pairs(bytes, w);
-    } else {
 #pragma unroll
-      for (int i = 0; i < kWords; i++) bytes[i] = __funnelshift_l(w[i], w[i], 25);
+    for (int i = 0; i < kWords; i++) {
+      if constexpr (NUM_BITS == 3)
+        bytes[i] = Table::step_word(w, i) & Table::kCodes;
+      else
+        bytes[i] = NUM_BITS == 2 ? w[i] : __funnelshift_l(w[i], w[i], 25);
     }
   }
 
@@ -50,8 +51,9 @@ struct StepLookup {
         u32 v[2];
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-          const int bit = NUM_BITS == 2 ? st % 2 * 16 + (i >> 1) * 8 + e * 4 + (i & 1) * 2
-                                        : i * 8 + e * NUM_BITS;
+          const int bit = NUM_BITS == 2   ? st % 2 * 16 + (i >> 1) * 8 + e * 4 + (i & 1) * 2
+                          : NUM_BITS == 3 ? Lookup<3>::byte_of(i) * 8 + e * 4
+                                          : i * 8 + e * 4;
           const u32 word = bytes[NUM_BITS == 2 ? st / 2 : st];
           const u32 at = bit < 7 ? word << (7 - bit) : word >> (bit - 7);
           v[e] = ptx::ld_table(table + ((at & ((1 << NUM_BITS) - 1) << 7) | offset));
@@ -62,6 +64,8 @@ struct StepLookup {
       const u32 v = bytes[st / 2];
       ptx::ld_table_v2(a[0], a[1], table + __byte_perm(v, offset, st % 2 ? 0x7624 : 0x7604));
       ptx::ld_table_v2(a[2], a[3], table + __byte_perm(v, offset, st % 2 ? 0x7634 : 0x7614));
+    } else if constexpr (NUM_BITS == 3) {
+      Table::read_step(a, bytes[st], table, offset);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; i++)

@@ -3,7 +3,7 @@
 // decode.cuh.
 #pragma once
 #include "element.cuh"
-#include "lookup.cuh"
+#include "register_lookup.cuh"
 #include "ring.cuh"
 
 namespace flute {
@@ -26,6 +26,9 @@ struct DecodeParams {
   int shape_m, shape_n, shape_k;
   int num_chunks;    // K padded to a multiple of 256, / 64
   int x_stride;      // bytes between two tokens of x in shared memory
+  int x_stage;       // chunks of x that are transposed at once, a power of two up to 8
+  int tiles_each;    // of a cluster; the first `tiles_rest` have one more
+  int tiles_rest;
   int num_phases;    // K is done in so many parts, one after the other
   int num_ranges;    // tables in use, at most 8: tiles [range_end[i-1], range_end[i]) use table i
   int range_end[8];  // in tiles
@@ -43,14 +46,18 @@ struct Decode {
   static constexpr int kCluster = Config::cluster;
   static constexpr int kColumns = Config::block_tokens / 8;  // mma column blocks
   static constexpr bool kXStays = Config::x_source == kXRegisters;
+  static constexpr bool kPhased = Config::phased;  // more than one phase
   static constexpr int kXRounds =
       kXStays ? Config::x_rounds : 1;  // rounds whose x is in registers at once
   static constexpr bool kRowTables = Config::row_tables;
-  // 2 bits: every so many chunks of a panel, half of the lookups are in registers (lookup.cuh), the
-  // others in the wide table; 0: none.
-  static constexpr int kRegisterEvery = Config::register_every;
-  static constexpr FLUTE_DEVICE bool in_registers(int chunk) {
-    return kRegisterEvery > 0 && chunk % (kRegisterEvery > 0 ? kRegisterEvery : 1) == 0;
+  // Of the 8 steps of two chunks, so many are looked up in registers (register_lookup.cuh), the
+  // first ones of each chunk first; at 2 bits the two steps of a word go together.
+  static constexpr int kRegisterSteps = Config::register_steps;
+  static constexpr bool kWideTable = Config::wide_table;
+  static constexpr bool kAllInRegisters = kRegisterSteps == 8;
+  static constexpr FLUTE_DEVICE bool in_registers(int chunk, int step) {
+    const int turn = kBits == 2 ? step / 2 * 4 + chunk % 2 * 2 : step * 2 + chunk % 2;
+    return kAllInRegisters || turn < kRegisterSteps;
   }
   static constexpr int kPartChunks = Config::part;  // chunks whose words are in registers at once
 
@@ -79,14 +86,16 @@ struct Decode {
 
   // With one table per row, the tables of the next tile block are built while those of this one are
   // in use, if there is room for both.
+  using Rows = RowTables<kBits, Act, kTiles, kThreads>;
   static constexpr int kRowBuffers = Config::row_buffers;
   static constexpr int kBufferBytes = kTiles * Table::kRowTableBytes;
-  using Rows = RowTables<kBits, Act, kTiles, kThreads>;
   static constexpr int kRawOffset = 2 * kBufferBytes;  // of two buffers of tables as they are
   static constexpr FLUTE_DEVICE int table_bytes() {
     if constexpr (kRowTables)
       return kRowBuffers == 2 ? kRawOffset + 2 * Rows::kRawBytes : kBufferBytes;
-    else if constexpr (kRegisterEvery > 0)
+    else if constexpr (kAllInRegisters)
+      return 0;
+    else if constexpr (kWideTable)
       return Table::kWideTableBytes;
     else
       return Table::kTableBytes;
@@ -102,9 +111,12 @@ struct Decode {
   static_assert(kBits >= 2 && kBits <= 4, "tables of 2, 3 or 4 bits");
   static_assert(kGroup == 0 || kGroup == 32 || kGroup == 64 || kGroup == 128 || kGroup == 256,
                 "a group is 32, 64, 128 or 256 k, or 0 for the whole row");
-  static_assert(kRegisterEvery == 0 || (kBits == 2 && !kRowTables),
-                "registers hold one table of 4 entries");
+  static_assert(kRegisterSteps == 0 || kBits < 4, "16 entries are too many for registers");
+  static_assert(kRegisterSteps >= 0 && kRegisterSteps <= 8 && (kBits == 3 || kRegisterSteps % 2 == 0),
+                "steps of two chunks; at 2 bits words of two steps");
+  static_assert(!kWideTable || (kBits < 4 && !kRowTables), "one table, of 2 or 3 bits");
   static_assert(kRowBuffers == 1 || kRowBuffers == 2, "tables of one or two tile blocks");
+  static_assert(!kPhased || kXStays, "phases are of x in registers");
   static_assert(kXRounds <= 2, "registers hold x of two rounds at most");
   static_assert(kPanel == 1 || kPanel == 2 || kPanel == 4 || (kPanel == 8 && kXStays),
                 "K is padded to 4 chunks; panels of 8 need K % 512 == 0 and, since fetch_x has 32 "

@@ -1,0 +1,101 @@
+// Lookups in registers, by PRMT. Owns nothing of the packed layout, which is lookup.cuh's.
+//
+// A table's 16-bit values lie in registers as bytes: `low` has the low bytes of the entries, `high`
+// the high bytes. What shared memory delivers, 64 values per clock, is what most limits a kernel at
+// 2 and 3 bits, so each value that the ALU makes instead is a gain, until that is as busy.
+//
+//   2 bits   one PRMT per pair of values, whose selector has nibbles (code, code | 4) twice
+//   3 bits   low bytes of four values, high bytes of four values, then two pairs of these
+//
+// A PRMT reads the lower half of its selector; `upper_half` brings the other one there by the
+// floating-point unit, which has time, instead of the ALU.
+//
+// With a table per row a lane keeps those of its two rows, g and g + 8, and needs nothing in shared
+// memory but the entries themselves.
+#pragma once
+#include "lookup.cuh"
+
+namespace flute {
+
+template <int NUM_BITS>
+struct RegisterTable {
+  static constexpr int kEntries = 1 << NUM_BITS;
+  static constexpr int kRegisters = kEntries / 4;
+  u32 low[kRegisters], high[kRegisters];
+
+  // From entries as the activations' dtype, two in each of `v`, the lower in the lower half.
+  FLUTE_DEVICE void set(const u32 (&v)[kEntries / 2]) {
+#pragma unroll
+    for (int i = 0; i < kRegisters; i++) {
+      low[i] = __byte_perm(v[2 * i], v[2 * i + 1], 0x6420);
+      high[i] = __byte_perm(v[2 * i], v[2 * i + 1], 0x7531);
+    }
+  }
+
+  template <class Act>
+  FLUTE_DEVICE void load(const Entries<NUM_BITS, Act>& entries) {
+    u32 v[kEntries / 2];
+#pragma unroll
+    for (int i = 0; i < kEntries / 2; i++)
+      v[i] = entries.pair(2 * i | (2 * i + 1) << NUM_BITS);
+    set(v);
+  }
+
+  // 3 bits: the values of four codes, one in each nibble of the lower half of `codes`, below 8.
+  FLUTE_DEVICE void look_up(u32& first, u32& second, u32 codes) const {
+    const u32 lows = ptx::prmt(low[0], low[kRegisters - 1], codes),
+              highs = ptx::prmt(high[0], high[kRegisters - 1], codes);
+    first = __byte_perm(lows, highs, 0x5140);
+    second = __byte_perm(lows, highs, 0x7362);
+  }
+};
+
+// The tables of a lane's rows g (h = 0) and g + 8 (h = 1), or the one of both.
+template <int NUM_BITS, bool ROW_TABLES>
+struct RegisterTables {
+  using Table = Lookup<NUM_BITS>;
+  RegisterTable<NUM_BITS> tables[ROW_TABLES ? 2 : 1];
+
+  FLUTE_DEVICE const RegisterTable<NUM_BITS>& of(int h) const {
+    return tables[ROW_TABLES ? h : 0];
+  }
+
+  // Of the rows of tile `tile`, from global memory (L1, L2).
+  template <class Act>
+  FLUTE_DEVICE void load_rows(const float* all, int tile, int num_rows, int lane) {
+    constexpr int kEntries = 1 << NUM_BITS;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int row = min(tile * 16 + h * 8 + (lane >> 2), num_rows - 1);
+      const float* table = all + static_cast<long long>(row) * kEntries;
+      u32 v[kEntries / 2];
+#pragma unroll
+      for (int i = 0; i < kEntries / 2; i++)
+        v[i] = table_pair<NUM_BITS, Act>(table, 2 * i | (2 * i + 1) << NUM_BITS);
+      tables[h].set(v);
+    }
+  }
+
+  // 2 bits, the two steps of a word. Multiplying by 0x11 doubles the codes of one place in four
+  // bytes, which are the selectors of both steps. A register's codes then come from two bytes
+  // instead of one, hence k in another order: half 0 holds k = 2q and 2q + 8, half 1 the odd ones
+  // (`crossed`).
+  FLUTE_DEVICE void word(u32 (&a0)[4], u32 (&a1)[4], u32 word) const {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {  // code i / 2 of the pair, row g + 8 * (i % 2)
+      const u32 selectors = ((word >> 2 * i) & 0x03030303u) * 0x11u + 0x40404040u;
+      const RegisterTable<NUM_BITS>& table = of(i % 2);
+      a0[i] = ptx::prmt(table.low[0], table.high[0], selectors);
+      a1[i] = ptx::prmt(table.low[0], table.high[0], ptx::upper_half(selectors));
+    }
+  }
+
+  // 3 bits, one step.
+  FLUTE_DEVICE void step(u32 (&a)[4], u32 word) const {
+    const u32 codes = word & 0x77777777u;
+    of(0).look_up(a[0], a[2], codes);
+    of(1).look_up(a[1], a[3], ptx::upper_half(codes));
+  }
+};
+
+}  // namespace flute
