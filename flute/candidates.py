@@ -149,7 +149,7 @@ def _preferred(problem: Problem, gpu: Gpu) -> list[Changes]:
                     "min_blocks": 2 if tested else 1,
                     "panel": 4,
                     "part": 1 if tight else 2,
-                    "tiles": min(kept_tiles, 2),
+                    "tiles": 1 if group_size == 64 and num_bits == 4 else min(kept_tiles, 2),
                     "stages": 2,
                     "x_source": "streamed",
                 },
@@ -197,7 +197,10 @@ def _preferred(problem: Problem, gpu: Gpu) -> list[Changes]:
             )
         ]
     if tiles_per_sm < 4.5 and k > 4096:
-        return [(1, {**long_kept, "x_rounds": 1, "x_source": "streamed"})]
+        streamed = {**long_kept, "x_rounds": 1, "x_source": "streamed"}
+        if group_size == 64 and num_bits == 4:  # two tiles spill 8 bytes
+            streamed["tiles"] = 1
+        return [(1, streamed)]
     return [(1, long_kept)]
 
 

@@ -329,14 +329,16 @@ def _batch_launcher(
 
     config, (m, n, k) = plan.config, problem[-3:]
     clusters = num_clusters(config, m, n, gpu.num_sms)
-    sizes = (m, n, padded_k(k) // CHUNK_K, -(-m // config.tokens))
+    token_tiles = -(-m // config.tokens)
+    split = divmod(-(-n // BLOCK_N) * token_tiles, clusters)
+    sizes = (m, n, padded_k(k) // CHUNK_K, token_tiles, *split)
     at = TENSOR_MAP_BYTES
     return Launcher(
         function,
         grid=(clusters * config.cluster, 1, 1),
         num_threads=config.num_threads,
         smem_bytes=config.smem_bytes,
-        params=bytes(at + 5 * 8) + struct.pack("4i", *sizes) + _ranges(table_ends, n),
+        params=bytes(at + 5 * 8) + struct.pack("6i", *sizes) + _ranges(table_ends, n),
         slots=range(at, at + 5 * 8, 8),
         alignment=64,
         cluster=config.cluster,

@@ -13,19 +13,18 @@ struct XRows {
   // Tokens c * 8 to c * 8 + 7 of panels `panel`, `panel` + kWarps, ... of the share; else zeros.
   FLUTE_DEVICE void load(const DecodeParams& p, const Share<D>& share, int c, int panel, int lane) {
     const int last = min(p.shape_m - c * 8, 8) - 1, token = lane >> 3, granule = lane & 7;
-    const u16* x = static_cast<const u16*>(p.x) + static_cast<long long>(c * 8 + token) * p.shape_k;
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const bool wanted = token + i * 4 <= last;
+    for (int j = 0; j < D::kXRounds * D::kPanel; j++) {
+      const int at = panel + j / D::kPanel * D::kWarps;
+      const int k = ((share.panel_begin + at) * D::kPanel + j % D::kPanel) * 64 + granule * 8;
+      const bool inside = at < share.num_panels && k < p.shape_k;
 #pragma unroll
-      for (int j = 0; j < D::kXRounds * D::kPanel; j++) {
-        const int at = panel + j / D::kPanel * D::kWarps;
-        const int k = ((share.panel_begin + at) * D::kPanel + j % D::kPanel) * 64 + granule * 8;
+      for (int i = 0; i < 2; i++) {
         v[j][i][0] = v[j][i][1] = v[j][i][2] = v[j][i][3] = 0;
-        if (wanted && at < share.num_panels && k < p.shape_k)
-          ptx::ld_global_v4(v[j][i], x + i * 4ll * p.shape_k + k);
+        const u16* x = static_cast<const u16*>(p.x) +
+                       static_cast<long long>(c * 8 + token + i * 4) * p.shape_k + k;
+        if (inside && token + i * 4 <= last) ptx::ld_global_v4(v[j][i], x);
       }
-      if (last < 4) break;
     }
   }
 };
@@ -50,8 +49,7 @@ struct XFragments {
 #pragma unroll
     for (int j = 0; j < D::kPanel; j++)
 #pragma unroll
-      for (int c = 0; c < D::kColumns; c++)
-        read(j, c, row[c] + (k + j * 64) * 2);
+      for (int c = 0; c < D::kColumns; c++) read(j, c, row[c] + (k + j * 64) * 2);
   }
 
   // From rows in registers, through `stage` in shared memory: COUNT chunks at a time, 144 bytes a
@@ -61,9 +59,8 @@ struct XFragments {
                               int lane) {
     constexpr int kStride = XRows<D>::kStride;
     const int last = min(p.shape_m - c * 8, 8) - 1, token = lane >> 3, granule = lane & 7;
-    const int chunk_bytes = min(p.shape_m, 8) * kStride;
-    const u32 to = stage + token * kStride + granule * 16,
-              row = stage + min(lane & 7, last) * kStride + (lane >> 3) * 16;
+    const int chunk_bytes = COUNT == 1 ? 0 : min(p.shape_m, 8) * kStride;
+    const u32 row = stage + min(lane & 7, last) * kStride + (lane >> 3) * 16;
 #pragma unroll
     for (int first = 0; first < D::kXRounds * D::kPanel; first += COUNT) {
 #pragma unroll
@@ -72,7 +69,8 @@ struct XFragments {
         for (int i = 0; i < 2; i++) {
           const u32(&v)[4] = rows.v[first + j][i];
           if (token + i * 4 <= last)
-            ptx::st_shared_v4(to + j * chunk_bytes + i * 4 * kStride, v[0], v[1], v[2], v[3]);
+            ptx::st_shared_v4(stage + j * chunk_bytes + (token + i * 4) * kStride + granule * 16,
+                              v[0], v[1], v[2], v[3]);
         }
       __syncwarp();
 #pragma unroll
@@ -81,17 +79,16 @@ struct XFragments {
     }
   }
 
-  // All of this warp's x, once. Why through registers: all loads fly at once (8 tokens of 57344 x
-  // 8192 by cp.async, half of the chunks at a time: 4 us more).
+  // All of this warp's x, once, unless `rows` have it. Why through registers: all loads fly at once
+  // (8 tokens of 57344 x 8192 by cp.async, half of the chunks at a time: 4 us more).
   template <int COUNT>
-  FLUTE_DEVICE void load_once(const DecodeParams& p, const Share<D>& share, u32 stage, int warp,
-                              int lane) {
+  FLUTE_DEVICE void load_once(XRows<D> (&rows)[D::kColumns], bool loaded, const DecodeParams& p,
+                              const Share<D>& share, u32 stage, int warp, int lane) {
 #pragma unroll
     for (int c = 0; c < D::kColumns; c++) {
       if (c * 8 >= p.shape_m) break;
-      XRows<D> rows;
-      rows.load(p, share, c, warp, lane);
-      transpose<COUNT>(rows, p, c, stage, lane);
+      if (!loaded) rows[c].load(p, share, c, warp, lane);
+      transpose<COUNT>(rows[c], p, c, stage, lane);
     }
   }
 

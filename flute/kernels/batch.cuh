@@ -49,10 +49,10 @@
 namespace flute {
 
 template <class D>
-FLUTE_DEVICE void produce_x(const BatchParams& p, const Panels& panels, int share, u32 smem,
-                            u32 x_full, u32 x_empty) {
+FLUTE_DEVICE void produce_x(const BatchParams& p, Passes<D> passes, const Panels& panels, int share,
+                            u32 smem, u32 x_full, u32 x_empty) {
   u32 stage = 0, parity = 0;
-  for (Passes<D> passes(p); !passes.done(); passes.next(p))
+  for (; !passes.done(); passes.next(p))
 #pragma unroll 1
     for (int i = share * D::kXParts; i < panels.count * D::kXParts; i++) {
       ptx::mbarrier_wait_long(x_empty + stage * 8, parity ^ 1);
@@ -72,8 +72,8 @@ FLUTE_DEVICE void produce_x(const BatchParams& p, const Panels& panels, int shar
 
 template <class Config>
 FLUTE_DEVICE void consume(const BatchParams& p, typename Batch<Config>::Ring& ring,
-                          Feed<Batch<Config>>& feed, const Panels& panels, u32 smem, u32 rank,
-                          int warp, int lane) {
+                          Feed<Batch<Config>>& feed, Passes<Batch<Config>> passes,
+                          const Panels& panels, u32 smem, u32 rank, int warp, int lane) {
   using D = Batch<Config>;
   const int warpgroup = warp / 4;
   const u32 barriers = smem + D::kBarrierOffset, smem_table = smem + D::kTableOffset;
@@ -105,13 +105,14 @@ FLUTE_DEVICE void consume(const BatchParams& p, typename Batch<Config>::Ring& ri
   bool waited = false;
   int range = -1;
 #pragma unroll 1
-  for (Passes<D> passes(p); !passes.done(); passes.next(p)) {
+  for (; !passes.done(); passes.next(p)) {
     if (!D::kRowTables && (range < 0 || p.num_ranges > 1) && range != passes.range(p)) {
       const bool first = range < 0;
       range = passes.range(p);
       if (!first) {
         ptx::named_barrier(kAll, D::kWarps * 32);
-        build_table<D>(smem_table, p, range, D::kWarps * 32);
+        D::Steps::build(smem_table, TableEntries<D>(load_entry<D>(p, range)), threadIdx.x,
+                        D::kWarps * 32);
         ptx::named_barrier(kAll, D::kWarps * 32);
       }
     }
@@ -153,33 +154,46 @@ __global__ void __launch_bounds__(Batch<Config>::kThreads, 1)
   const u32 rank = D::kCluster > 1 ? ptx::cluster_rank() : 0;
   const u32 x_full = barriers + D::kXFull * 8, x_empty = barriers + D::kXEmpty * 8;
   const Panels panels = Panels::of<D>(p, rank);
+  const Passes<D> passes(p);
 
   // The weights' flight needs nothing from the previous kernel, nor from the other warps.
   typename D::Ring ring(smem + D::kRingOffset + warp * Config::stages * D::Ring::kSlotBytes,
                         barriers + warp * D::Ring::kNumBarriers * 8);
-  Feed<D> feed(p, panels, min(warp, D::kWarps - 1));
+  Feed<D> feed(p, passes, panels, min(warp, D::kWarps - 1));
+  float entry = 0.f;  // of the table; after the fences, which would wait for it
   if (warp < D::kWarps) {
     if (lane == 0) ring.init();
     ptx::fence_mbarrier_init();
     __syncwarp();
+    if constexpr (!D::kRowTables) entry = load_entry<D>(p, passes.range(p));
 #pragma unroll 1
     for (int i = 0; i < Config::stages; i++) feed.fill(ring, i, p, lane);
-  } else if (warp == D::kWarps && lane == 0) {
-    ptx::prefetch_tensor_map(p.x_map);
-    for (int i = 0; i < D::kShares * D::kXStages; i++) {
+  } else if (warp < D::kWarps + D::kShares && lane == 0) {
+    const int share = warp - D::kWarps;
+    if (share == 0) {
+      ptx::prefetch_tensor_map(p.x_map);
+      for (int i = 0; i < D::kGroups; i++) {
+        ptx::mbarrier_init(barriers + (D::kReady + i) * 8, D::kArrivals);
+        ptx::mbarrier_init(barriers + (D::kRead + i) * 8, D::kArrivals);
+      }
+    }
+    for (int i = share * D::kXStages; i < (share + 1) * D::kXStages; i++) {
       ptx::mbarrier_init(x_full + i * 8, 1);
       ptx::mbarrier_init(x_empty + i * 8, D::kWarps / D::kShares);
-    }
-    for (int i = 0; i < D::kGroups; i++) {
-      ptx::mbarrier_init(barriers + (D::kReady + i) * 8, D::kArrivals);
-      ptx::mbarrier_init(barriers + (D::kRead + i) * 8, D::kArrivals);
     }
     ptx::fence_mbarrier_init();
   }
   ptx::griddepcontrol_launch_dependents();
   if constexpr (!D::kRowTables)
-    build_table<D>(smem + D::kTableOffset, p, Passes<D>(p).range(p), D::kThreads);
-  __syncthreads();
+    if (warp < D::kWarps)
+      D::Steps::build(smem + D::kTableOffset, TableEntries<D>(entry), threadIdx.x, D::kWarps * 32);
+  __syncwarp();
+  // The producers go on at once: x flies while tables are built.
+  constexpr int kStart = 2 + D::kWarpgroups;  // barrier of all threads
+  if (D::kCluster > 1 || warp < D::kWarps)
+    ptx::named_barrier(kStart, D::kThreads);
+  else
+    ptx::named_barrier_arrive(kStart, D::kThreads);
   if constexpr (D::kCluster > 1) ptx::cluster_sync();
 
   if (warp >= D::kWarps) {
@@ -188,12 +202,12 @@ __global__ void __launch_bounds__(Batch<Config>::kThreads, 1)
     if (share < D::kShares) {
       ptx::griddepcontrol_wait();
       if (ptx::elect_one())
-        produce_x<D>(p, panels, share, smem + share * D::kXStages * D::kXStageBytes,
+        produce_x<D>(p, passes, panels, share, smem + share * D::kXStages * D::kXStageBytes,
                      x_full + share * D::kXStages * 8, x_empty + share * D::kXStages * 8);
     }
   } else {
     ptx::setmaxnreg_inc<D::kRegisters>();
-    consume<Config>(p, ring, feed, panels, smem, rank, warp, lane);
+    consume<Config>(p, ring, feed, passes, panels, smem, rank, warp, lane);
   }
 }
 

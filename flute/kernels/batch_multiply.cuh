@@ -5,12 +5,14 @@
 
 namespace flute {
 
-// The table of one range of rows, spread by all threads of a group.
 template <class D>
-FLUTE_DEVICE void build_table(u32 smem_table, const BatchParams& p, int range, int num_threads) {
-  const float* tables = static_cast<const float*>(p.table) + (range << D::kBits);
-  const Entries<D::kBits, typename D::Act> entries(tables, threadIdx.x % 32);
-  D::Steps::build(smem_table, entries, threadIdx.x, num_threads);
+using TableEntries = Entries<D::kBits, typename D::Act>;
+
+// This lane's entry of a range's table.
+template <class D>
+FLUTE_DEVICE float load_entry(const BatchParams& p, int range) {
+  return TableEntries<D>::load(static_cast<const float*>(p.table) + (range << D::kBits),
+                               threadIdx.x % 32);
 }
 
 // Table per row: the lane's own rows g and g + 8, an entry the pair of their values, 128 bytes
@@ -212,8 +214,8 @@ struct Consumer {
       ptx::wgmma_fence();
 #pragma unroll
       for (int i = 0; i < D::kBatch; i++) {
-        const u64 descriptor = ptx::wgmma_descriptor(
-            x + ((j % D::kXPanel * D::kXChunkBytes) >> 4) + (idx * D::kBatch + i) % 4 * 2);
+        const u64 descriptor = ptx::wgmma_descriptor(x + ((j % D::kXPanel * D::kXChunkBytes) >> 4) +
+                                                     (idx * D::kBatch + i) % 4 * 2);
         if constexpr (D::kScaleSums)
           Config::wgmma(f.sum[b], frag[i], descriptor, !(begins && i == 0));
         else

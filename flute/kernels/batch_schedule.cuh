@@ -12,12 +12,13 @@ struct Passes {
   int block, count, token_tile;  // of the current pass: its first block of rows, how many, tokens
 
   FLUTE_DEVICE explicit Passes(const BatchParams& p) {
-    const int cluster = blockIdx.x / D::kCluster, num_clusters = gridDim.x / D::kCluster;
+    const int cluster = blockIdx.x / D::kCluster;
     num_blocks = (p.shape_n + 63) / 64;
-    const long long units = static_cast<long long>(num_blocks) * p.num_token_tiles;
-    unit = static_cast<int>(units * cluster / num_clusters);
-    end = static_cast<int>(units * (cluster + 1) / num_clusters);
-    set(p);
+    unit = cluster * p.units_each + min(cluster, p.units_rest);
+    end = unit + p.units_each + (cluster < p.units_rest);
+    token_tile = p.num_token_tiles > 1 ? unit / num_blocks : 0;
+    block = unit - token_tile * num_blocks;
+    set_count(p);
   }
 
   FLUTE_DEVICE bool done() const { return unit >= end; }
@@ -30,19 +31,22 @@ struct Passes {
   }
 
   // Why evenly: of 5 units, 3 + 2 keep more warpgroups busy than 4 + 1.
-  FLUTE_DEVICE void set(const BatchParams& p) {
-    token_tile = unit / num_blocks;
-    block = unit - token_tile * num_blocks;
+  FLUTE_DEVICE void set_count(const BatchParams& p) {
     int left = min(end - unit, num_blocks - block);
     if (!D::kRowTables && p.num_ranges > 1)  // a pass is of one table
       left = min(left, (p.range_end[range(p)] + 3) / 4 - block);
     const int num_passes = (left + D::kPassUnits - 1) / D::kPassUnits;
-    count = num_passes > 0 ? (left + num_passes - 1) / num_passes : 0;
+    count = num_passes > 1 ? (left + num_passes - 1) / num_passes : max(left, 0);
   }
 
   FLUTE_DEVICE void next(const BatchParams& p) {
     unit += count;
-    set(p);
+    block += count;
+    if (block == num_blocks) {
+      block = 0;
+      token_tile++;
+    }
+    set_count(p);
   }
 };
 
@@ -76,8 +80,8 @@ struct Feed {
   u32 chunk = 0;
   int left = 0;  // panels of the current unit
 
-  FLUTE_DEVICE Feed(const BatchParams& p, const Panels& panels, int warp)
-      : passes(p), panels(panels), warp(warp) {
+  FLUTE_DEVICE Feed(const BatchParams& p, const Passes<D>& passes, const Panels& panels, int warp)
+      : passes(passes), panels(panels), warp(warp) {
     begin_unit(p);
   }
 
@@ -112,14 +116,13 @@ struct Feed<D, true> {
   const int warp;
   int panel, unit = 0;
 
-  FLUTE_DEVICE Feed(const BatchParams& p, const Panels& panels, int warp)
-      : passes(p), panels(panels), warp(warp), panel(warp / 4) {}
+  FLUTE_DEVICE Feed(const BatchParams&, const Passes<D>& passes, const Panels& panels, int warp)
+      : passes(passes), panels(panels), warp(warp), panel(warp / 4) {}
 
   FLUTE_DEVICE void fill(typename D::Ring& ring, u32 stage, const BatchParams& p, int lane) {
     const bool wanted = !passes.done() && panel < panels.count;
     const int tile = min((passes.block + unit) * 4 + warp % 4, (p.shape_n - 1) / 16);
-    const u32 chunk =
-        static_cast<u32>(tile) * p.num_chunks + (panels.begin + panel) * D::kPanel;
+    const u32 chunk = static_cast<u32>(tile) * p.num_chunks + (panels.begin + panel) * D::kPanel;
     fill_slot<D>(ring, stage, p, chunk, wanted, lane);
     if (!wanted || ++unit < passes.count) return;
     unit = 0;

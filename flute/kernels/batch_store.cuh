@@ -1,5 +1,5 @@
-// From warpgroups' sums to `out`: transposed through shared memory, summed over a cluster's ranks and
-// the warpgroups that split K, in their order, scaled (one scale per row), biased, rounded.
+// From warpgroups' sums to `out`: transposed through shared memory, summed over a cluster's ranks
+// and the warpgroups that split K, in their order, scaled (one scale per row), biased, rounded.
 #pragma once
 #include "batch_traits.cuh"
 #include "hopper.cuh"

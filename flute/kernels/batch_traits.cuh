@@ -17,6 +17,8 @@ struct BatchParams {
   int shape_m, shape_n;
   int num_chunks;       // K padded to a multiple of 256, / 64
   int num_token_tiles;  // of TOKENS tokens
+  int units_each;       // of a cluster: 64 rows times a token tile
+  int units_rest;       // so many clusters have one more
   int num_ranges;       // tables in use, at most 8
   int range_end[8];     // in tiles, multiples of 4: tiles before it use table i
 };
@@ -78,8 +80,8 @@ struct Batch {
   static constexpr int kXChunkBytes = kTokens * 128;
   static constexpr int kXStageBytes = kXPanel * kXChunkBytes;
   static constexpr int kRowTableBytes = 128 << kBits;  // of a tile: a column of entries per lane
-  static constexpr int kXParts = kPanel / kXPanel;       // stages of x of a panel
-  static constexpr int kSlab = kTokens % 32 == 0 && !kSplitK     ? 32
+  static constexpr int kXParts = kPanel / kXPanel;     // stages of x of a panel
+  static constexpr int kSlab = kTokens % 32 == 0 && !kSplitK       ? 32
                                : kTokens > 32 || kTokens % 16 == 0 ? 16
                                                                    : kTokens;
   static constexpr int kPartialStride = 64 + 4;  // floats; + 4: no bank conflicts for lanes q

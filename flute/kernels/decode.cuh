@@ -195,8 +195,8 @@ struct Constant {
 // One warp: all its tile blocks.
 template <class Config>
 FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Config>>& next,
-                           const DecodeParams& p, Share<Decode<Config>>& share,
-                           float entry, int range, u32 smem, u32 rank, int warp, int lane) {
+                           const DecodeParams& p, Share<Decode<Config>>& share, float entry,
+                           int range, u32 smem, u32 rank, int warp, int lane) {
   using D = Decode<Config>;
   const u32 barriers = smem + D::kBarrierOffset;
   const u32 smem_partials = barriers + (D::kXBarriers + D::kWarps * share.most_rounds + 1) / 2 * 16;
@@ -208,24 +208,27 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
   const int num_blocks = (share.tile_end - share.tile_begin + D::kTiles - 1) / D::kTiles;
   const float* tables = static_cast<const float*>(p.table);
   InRegisters<D> registers;
-  if constexpr (!D::kRowTables) {
-    spread_table<D>(registers, smem, TableEntries<D>(entry));
-  } else if constexpr (D::kRowBuffers == 2) {
-    Rows first, second;
-    first.load(tables, share.tile_begin * 16, p.shape_n, threadIdx.x);
-    second.load(tables, (share.tile_begin + (num_blocks > 1 ? D::kTiles : 0)) * 16, p.shape_n,
-                threadIdx.x);
-    first.store(smem + D::kRawOffset, threadIdx.x);
-    second.store(smem + D::kRawOffset + Rows::kRawBytes, threadIdx.x);
-    __syncthreads();
-    Rows::template build<typename D::Table>(smem, smem + D::kRawOffset, threadIdx.x);
-  }
-  u32 turn = 0;  // which buffer has the tables of this tile block's rows
-  __syncthreads();
+  const auto build_tables = [&] {
+    if constexpr (!D::kRowTables) {
+      spread_table<D>(registers, smem, TableEntries<D>(entry));
+    } else if constexpr (D::kRowBuffers == 2) {
+      Rows first, second;
+      first.load(tables, share.tile_begin * 16, p.shape_n, threadIdx.x);
+      second.load(tables, (share.tile_begin + (num_blocks > 1 ? D::kTiles : 0)) * 16, p.shape_n,
+                  threadIdx.x);
+      first.store(smem + D::kRawOffset, threadIdx.x);
+      second.store(smem + D::kRawOffset + Rows::kRawBytes, threadIdx.x);
+      __syncthreads();
+      Rows::template build<typename D::Table>(smem, smem + D::kRawOffset, threadIdx.x);
+    }
+  };
+  // Where blocks do not overlap, those that start last are late, and for them x is there: so it
+  // flies while they build tables.
+  if constexpr (D::kOverlaps) build_tables();
   ptx::griddepcontrol_wait();
 
   XFragments<D> x;
-  XRows<D> rows[D::kColumns];  // streamed: of the next round
+  XRows<D> rows[D::kColumns];  // streamed: of the next round; kept: of the first phase
   u32 x_row[D::kColumns];
   const int stage_bytes = min(p.shape_m, 8) * XRows<D>::kStride * (D::kXStays ? p.x_stage : 1);
   const u32 stage = (D::kXStays ? smem_partials : smem_x) + warp * stage_bytes;
@@ -235,10 +238,13 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
     for (int c = 0; c < D::kColumns; c++)
       x_row[c] = smem_x + min(c * 8 + (lane & 7), p.shape_m - 1) * p.x_stride + (lane >> 3) * 16;
   }
-  if constexpr (Config::x_source == kXStreamed) {
+  if constexpr (Config::x_source == kXStreamed || D::kXEarly) {
 #pragma unroll
     for (int c = 0; c < D::kColumns; c++) rows[c].load(p, share, c, warp, lane);
   }
+  if constexpr (!D::kOverlaps) build_tables();
+  u32 turn = 0;  // which buffer has the tables of this tile block's rows
+  __syncthreads();
 
   u32 offset = D::kRowTables ? lane * 4 : D::Table::lane_offset(lane);
   // Why: a shuffle is opaque to ptxas, which otherwise masks the thread index anew for every
@@ -254,12 +260,13 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
         reduction.phase = phase;
       }
       constexpr int kMost = D::kPanel < 8 ? D::kPanel : 8, kHalf = kMost < 2 ? 1 : kMost / 2;
+      const bool loaded = D::kXEarly && phase == 0;
       if (p.x_stage >= kMost)
-        x.template load_once<kMost>(p, share, stage, warp, lane);
+        x.template load_once<kMost>(rows, loaded, p, share, stage, warp, lane);
       else if (p.x_stage >= kHalf)
-        x.template load_once<kHalf>(p, share, stage, warp, lane);
+        x.template load_once<kHalf>(rows, loaded, p, share, stage, warp, lane);
       else
-        x.template load_once<1>(p, share, stage, warp, lane);
+        x.template load_once<1>(rows, loaded, p, share, stage, warp, lane);
       __syncthreads();  // the stages lie where sums will
     }
     int count;
@@ -282,8 +289,7 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
         range = 0;
         while (tile >= p.range_end[range]) range++;
         __syncthreads();
-        spread_table<D>(registers, smem,
-                        TableEntries<D>(tables + (range << D::kBits), lane));
+        spread_table<D>(registers, smem, TableEntries<D>(tables + (range << D::kBits), lane));
         __syncthreads();
       }
 
@@ -366,8 +372,7 @@ __global__ void __launch_bounds__(Config::num_warps * 32, Config::min_blocks)
   float entry = 0.f;
   if constexpr (!D::kRowTables) {
     while (range + 1 < p.num_ranges && share.tile_begin >= p.range_end[range]) range++;
-    entry =
-        TableEntries<D>::load(static_cast<const float*>(p.table) + (range << D::kBits), lane);
+    entry = TableEntries<D>::load(static_cast<const float*>(p.table) + (range << D::kBits), lane);
   }
   Cursor<D> next(p, share, warp);
 #pragma unroll 1

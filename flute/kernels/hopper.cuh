@@ -98,6 +98,11 @@ FLUTE_DEVICE void named_barrier(int id, int num_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
 }
 
+// bar.arrive: counted as `named_barrier` counts, without waiting.
+FLUTE_DEVICE void named_barrier_arrive(int id, int num_threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
+}
+
 // ld.shared::cluster.v4.f32 (sm_90), ordered.
 FLUTE_DEVICE void ld_cluster_v4_f32(float (&v)[4], u32 address) {
   asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"

@@ -66,8 +66,8 @@ struct Entries {
 };
 
 // The tables of one tile of 16 rows, for lookups by pair: entry `pair` at row_entry(pair) + h *
-// 128 + lane * 4 holds the two values of row g + 8h. A lane serves two rows only, so per-row tables need
-// no lookup more than a common one.
+// 128 + lane * 4 holds the two values of row g + 8h. A lane serves two rows only, so per-row tables
+// need no lookup more than a common one.
 template <int NUM_BITS, class Act>
 FLUTE_DEVICE void build_row_pairs(u32 smem_table, const float* tables, int row, int num_rows,
                                   int thread_idx, int num_threads) {
@@ -221,8 +221,8 @@ struct Lookup<3> {
   }
 
   template <class Act>
-  static FLUTE_DEVICE void build_wide(u32 smem_table, const Entries<3, Act>& entries, int thread_idx,
-                                      int num_threads) {
+  static FLUTE_DEVICE void build_wide(u32 smem_table, const Entries<3, Act>& entries,
+                                      int thread_idx, int num_threads) {
     for (int i = thread_idx; i < 256 * 8; i += num_threads) {
       const int byte = i >> 3;
       const u32 v = entries.pair(byte & 7 | (byte >> 1 & 56));
@@ -293,9 +293,9 @@ struct Lookup<2> {
     ptx::ld_shared_v2(w[0], w[1], smem_chunk + lane * 8);
   }
 
-  // Half-word s % 2 of w[s / 2] is step s: bits 4j, 4j + 1 code j of row g, bits 4j + 2, 4j + 3 code
-  // j of row g + 8; codes 0, 1 are a0's (a1's), 2, 3 a2's (a3's). So a byte is a quad, and alternate
-  // pairs of bits are the two rows'. Lookups of a word's two steps:
+  // Half-word s % 2 of w[s / 2] is step s: bits 4j, 4j + 1 code j of row g, bits 4j + 2, 4j + 3
+  // code j of row g + 8; codes 0, 1 are a0's (a1's), 2, 3 a2's (a3's). So a byte is a quad, and
+  // alternate pairs of bits are the two rows'. Lookups of a word's two steps:
   static FLUTE_DEVICE void read_word(u32 (&a0)[4], u32 (&a1)[4], u32 word, u32 smem_table,
                                      u32 offset) {
     ptx::ld_table_v2(a0[0], a0[1], smem_table + (((word << 7) & kMask) | offset));
@@ -308,8 +308,8 @@ struct Lookup<2> {
   static constexpr int kWideTableBytes = 256 * 256;
 
   template <class Act>
-  static FLUTE_DEVICE void build_wide(u32 smem_table, const Entries<2, Act>& entries, int thread_idx,
-                                      int num_threads) {
+  static FLUTE_DEVICE void build_wide(u32 smem_table, const Entries<2, Act>& entries,
+                                      int thread_idx, int num_threads) {
     build(smem_table, entries, thread_idx, num_threads, 256);
   }
 

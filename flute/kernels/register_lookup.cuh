@@ -36,8 +36,7 @@ struct RegisterTable {
   FLUTE_DEVICE void load(const Entries<NUM_BITS, Act>& entries) {
     u32 v[kEntries / 2];
 #pragma unroll
-    for (int i = 0; i < kEntries / 2; i++)
-      v[i] = entries.pair(2 * i | (2 * i + 1) << NUM_BITS);
+    for (int i = 0; i < kEntries / 2; i++) v[i] = entries.pair(2 * i | (2 * i + 1) << NUM_BITS);
     set(v);
   }
 
@@ -56,9 +55,7 @@ struct RegisterTables {
   using Table = Lookup<NUM_BITS>;
   RegisterTable<NUM_BITS> tables[ROW_TABLES ? 2 : 1];
 
-  FLUTE_DEVICE const RegisterTable<NUM_BITS>& of(int h) const {
-    return tables[ROW_TABLES ? h : 0];
-  }
+  FLUTE_DEVICE const RegisterTable<NUM_BITS>& of(int h) const { return tables[ROW_TABLES ? h : 0]; }
 
   // Of the rows of tile `tile`, from global memory (L1, L2).
   template <class Act>

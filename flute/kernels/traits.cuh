@@ -24,10 +24,10 @@ struct DecodeParams {
   float* workspace;    // (M, N), unless num_phases is 1: sums of the phases so far
   void* out;           // (M, N)
   int shape_m, shape_n, shape_k;
-  int num_chunks;    // K padded to a multiple of 256, / 64
-  int x_stride;      // bytes between two tokens of x in shared memory
-  int x_stage;       // chunks of x that are transposed at once, a power of two up to 8
-  int tiles_each;    // of a cluster; the first `tiles_rest` have one more
+  int num_chunks;  // K padded to a multiple of 256, / 64
+  int x_stride;    // bytes between two tokens of x in shared memory
+  int x_stage;     // chunks of x that are transposed at once, a power of two up to 8
+  int tiles_each;  // of a cluster; the first `tiles_rest` have one more
   int tiles_rest;
   int num_phases;    // K is done in so many parts, one after the other
   int num_ranges;    // tables in use, at most 8: tiles [range_end[i-1], range_end[i]) use table i
@@ -46,6 +46,10 @@ struct Decode {
   static constexpr int kCluster = Config::cluster;
   static constexpr int kColumns = Config::block_tokens / 8;  // mma column blocks
   static constexpr bool kXStays = Config::x_source == kXRegisters;
+  // Two blocks fit a multiprocessor: then the next kernel's starts under this one's.
+  static constexpr bool kOverlaps = Config::min_blocks == 2;
+  static constexpr bool kXEarly =
+      kXStays && !kOverlaps && !Config::row_tables && Config::block_tokens == 8;
   static constexpr bool kPhased = Config::phased;  // more than one phase
   static constexpr int kXRounds =
       kXStays ? Config::x_rounds : 1;  // rounds whose x is in registers at once
@@ -112,7 +116,8 @@ struct Decode {
   static_assert(kGroup == 0 || kGroup == 32 || kGroup == 64 || kGroup == 128 || kGroup == 256,
                 "a group is 32, 64, 128 or 256 k, or 0 for the whole row");
   static_assert(kRegisterSteps == 0 || kBits < 4, "16 entries are too many for registers");
-  static_assert(kRegisterSteps >= 0 && kRegisterSteps <= 8 && (kBits == 3 || kRegisterSteps % 2 == 0),
+  static_assert(kRegisterSteps >= 0 && kRegisterSteps <= 8 &&
+                    (kBits == 3 || kRegisterSteps % 2 == 0),
                 "steps of two chunks; at 2 bits words of two steps");
   static_assert(!kWideTable || (kBits < 4 && !kRowTables), "one table, of 2 or 3 bits");
   static_assert(kRowBuffers == 1 || kRowBuffers == 2, "tables of one or two tile blocks");
