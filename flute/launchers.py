@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -37,9 +36,6 @@ KERNELS = Path(__file__).parent / "kernels"
 MAX_RANGES = 8
 """Tables of ranges of rows that kernels take; their parameters have room for them."""
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
-
-PREPARED_M = (*range(1, 17), *range(24, 513, 8), *range(640, 2049, 128), 4096, 16384)
-"""Numbers of tokens whose kernels are compiled ahead; others take one of theirs."""
 
 
 class TokensAt(NamedTuple):
@@ -136,17 +132,6 @@ def takes_ranges(table_ends: tuple[int, ...]) -> bool:
     return len(table_ends) <= MAX_RANGES and not any(end % TILE_N for end in table_ends[:-1])
 
 
-def prepared_problem(weight: PackedWeight, dtype: torch.dtype) -> tuple[Problem, tuple[int, ...]]:
-    """Return what `compile_kernels` takes for a weight: its problem, where its ranges of rows end.
-
-    Args:
-        weight: the matrix; its codes don't matter.
-        dtype: of x, fp16 or bf16.
-    """
-    ends = weight.table_ends
-    return problem_of(weight, 1, dtype), ends if takes_ranges(ends) else ()
-
-
 def _ranges(table_ends: tuple[int, ...], N: int) -> bytes:
     """Return the last fields of a kernel's structure: num_ranges, range_end in tiles."""
     assert takes_ranges(table_ends), "callers expand what kernels don't take"
@@ -178,41 +163,6 @@ def dequantize_source(problem: Problem) -> Source:
     return Source(text, "flute::dequantize<Config>", KERNELS)
 
 
-def compile_kernels(
-    problems: Iterable[tuple[Problem, tuple[int, ...]]],
-    device: torch.device,
-    done: Callable[[int, int], None],
-) -> int:
-    """Compile and load what problems need on a device, in parallel; return how many kernels.
-
-    Args:
-        problems: see `prepared_problem`; kernels for any M are compiled.
-        device: a GPU.
-        done: called with (compiled, in all) after each kernel, and first with (0, in all).
-
-    Raises:
-        KernelCompileError: NVRTC refused one; the others are compiled.
-    """
-    from flute.jit.cache import load_or_compile
-
-    gpu = gpu_of(device)
-    sources: dict[Source, None] = {}
-    for problem, table_ends in problems:
-        for m in PREPARED_M:
-            plan = choose(problem._replace(m=m), table_ends, gpu)
-            if isinstance(plan, KernelPlan):
-                sources[source_of(plan)] = None
-        sources[dequantize_source(problem)] = None
-    sources = {s: None for s in sources if (s.text, device.index) not in _functions}
-    done(0, len(sources))
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        futures = [pool.submit(load_or_compile, source, gpu.arch) for source in sources]
-        for i, (source, future) in enumerate(zip(sources, futures, strict=True)):
-            _load(source, future.result(), device)
-            done(i + 1, len(sources))
-    return len(sources)
-
-
 def _function(source: Source, device: torch.device) -> int:
     """Return a loaded kernel; the device is current."""
     found = _functions.get((source.text, device.index))
@@ -225,10 +175,16 @@ def _function(source: Source, device: torch.device) -> int:
         )
     from flute.jit.cache import load_or_compile
 
-    return _load(source, load_or_compile(source, gpu_of(device).arch), device)
+    return load_kernel(source, load_or_compile(source, gpu_of(device).arch), device)
 
 
-def _load(source: Source, cubin: Cubin, device: torch.device) -> int:
+def is_loaded(source: Source, device: torch.device) -> bool:
+    """Tell whether a device has a kernel."""
+    return (source.text, device.index) in _functions
+
+
+def load_kernel(source: Source, cubin: Cubin, device: torch.device) -> int:
+    """Load a compiled kernel on a device, unless it is there; return its CUfunction."""
     from flute.jit.launch import load_function
 
     smem_bytes = 0 if "dequantize" in source.name else gpu_of(device).smem_bytes

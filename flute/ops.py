@@ -30,7 +30,7 @@ from flute.errors import FormatError, UnsupportedProblemError
 from flute.format import SCALE_DTYPES, PackedWeight, QuantSpec, check_scales, check_table
 from flute.kernel_order import CHUNK_K, TILE_N, num_tiles, padded_k, to_plain_order
 from flute.pack import check_packed
-from flute.plans import MAX_BATCH_M, MAX_MMA_M
+from flute.plans import MAX_MMA_M
 
 _SCHEMAS = (
     "lut_gemm(Tensor x, Tensor packed, Tensor scales, Tensor table, Tensor? bias, "
@@ -159,11 +159,10 @@ def path_of(device: torch.device, dtype: torch.dtype) -> str:
     if reason:
         return f"{_REFERENCE} (slow; no kernels: {reason})"
     arch = gpu_of(device).arch
-    batch, most = ("batch", MAX_BATCH_M) if arch == "sm_90a" else ("mma", MAX_MMA_M)
-    return (
-        f"M <= 8: decode kernels for {arch}; M <= {most}: {batch} kernels; more: "
-        f"dequantise kernel, then torch's matmul; K not a multiple of 32: {_REFERENCE}"
-    )
+    more = "more: batch kernels"
+    if arch != "sm_90a":
+        more = f"M <= {MAX_MMA_M}: mma kernels; more: dequantise kernel, then torch's matmul"
+    return f"M <= 8: decode kernels for {arch}; {more}; K not a multiple of 32: {_REFERENCE}"
 
 
 def _weight_of(

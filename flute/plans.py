@@ -1,8 +1,8 @@
 """The dispatcher: every way to multiply, and the one to use where nothing was tuned.
 
-    tokens     1 .. 8           9 .. 16384 (others: 2048)  more
-    sm_90      decode kernel    batch kernel (wgmma)       dense: dequantise slices, torch's matmul
-    others     decode kernel    mma kernel                 dense
+    tokens     1 .. 8           9 .. about 2048            more
+    sm_90      decode kernel    batch kernel (wgmma)       batch kernel, about 2048 at a time
+    others     decode kernel    mma kernel                 dense: dequantise slices, torch's matmul
 
 A short product of up to 16 tokens is decoded too: there the other kernels' start counts. On sm_90
 a tiny one of 256 tokens and more is dequantised.
@@ -23,9 +23,11 @@ DECODE_M = 16
 MAX_SPLIT_M = 96
 """Up to so many tokens, launches of 16 are worth a try while tuning: on 57344 x 8192 one takes 107
 us, dequantising 746 us at M = 64 (4 bits, H200)."""
-MAX_BATCH_M = 16384
-"""Tokens up to which the batch kernel is used: 57344 x 8192 takes it 1.4 us a token at M = 1,024
-and at 2,048, slices of dequantised weights 1.6 at 4,096 (4 bits, H200)."""
+SLAB_M, _SLAB_BYTES = 2048, 32 << 20
+"""Tokens of one launch of the batch kernel, where more come: so many, or as many as the L2 holds
+beside the weight's slices (50 MB on an H200). All at once, blocks are at different tokens, and x
+comes from memory: 57344 x 8192, 4 bits, 2,048 tokens .97 of cuBLAS's speed, 4,096 .95, 8,192 .89,
+16,384 .83 (H200, 2026-11-22)."""
 MAX_MMA_M = 2048
 """The same for the mma kernel, of GPUs that were not measured."""
 _TINY = 5e6
@@ -86,9 +88,22 @@ def plans_of(problem: Problem, gpu: Gpu) -> list[AnyPlan]:
     if m < 256:
         return [*batched, *decoded, *rest]
     slices: list[AnyPlan] = [DensePlan(), DensePlan(32 << 20), DensePlan(16 << 20)]
-    most = MAX_BATCH_M if gpu.arch == "sm_90a" else MAX_MMA_M
-    tiny = batched and problem.n * problem.k <= _TINY
-    return [*slices, *batched] if m > most or tiny else [*batched, *slices]
+    if problem.n * problem.k <= _TINY or (m > MAX_MMA_M and gpu.arch != "sm_90a"):
+        return [*slices, *batched]
+    slab = slab_tokens(m, problem.k)
+    return [*([SplitPlan(slab)] if slab < m else []), *batched, *slices]
+
+
+def slab_tokens(m: int, k: int) -> int:
+    """Return the tokens of each of the equal launches that many tokens take on sm_90.
+
+    Args:
+        m: tokens.
+        k: input features.
+    """
+    most = max(SLAB_M, _SLAB_BYTES // (2 * k))
+    slabs = -(-m // (most + most // 4))  # a few more do no harm
+    return m if slabs == 1 else -(-m // slabs // 256) * 256
 
 
 def default_plan(problem: Problem, gpu: Gpu) -> AnyPlan:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from flute.config import Problem
-from flute.launchers import compile_kernels, prepared_problem
 from flute.linear import LutLinear
+from flute.precompile import compile_kernels, prepared_problem
 
 
 def prepare(model: nn.Module, *, dtype: torch.dtype | None = None, exact: bool = False) -> int:

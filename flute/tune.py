@@ -213,6 +213,14 @@ class Tuner:
             for m in range(1, DECODE_M + 1)
             for plan in (default_plan(key._replace(m=m), self.gpu),)
         ]  # of the rest of a split
+        plans += [
+            default_plan(problem._replace(m=m), self.gpu)
+            for problem, timed in self.plans.items()
+            for plan in timed
+            if isinstance(plan, SplitPlan)
+            for m in (plan.tokens, problem.m % plan.tokens)
+            if m > DECODE_M
+        ]
         sources = [launchers.source_of(plan) for plan in plans if isinstance(plan, KernelPlan)]
         sources = list(dict.fromkeys(sources))
         others = {

@@ -113,7 +113,8 @@ def lookup(problem: Problem, gpu: Gpu) -> AnyPlan | None:
     """Return the tuned plan of a problem, or None if none is known.
 
     For tokens that were not measured it is that of the next larger number that was, up to the next
-    power of two: further away the heuristic knows better.
+    power of two: further away the heuristic knows better, as where tiles of tokens would stay
+    partly empty.
 
     Args:
         problem: what is multiplied.
@@ -127,9 +128,16 @@ def lookup(problem: Problem, gpu: Gpu) -> AnyPlan | None:
         measured = store.get(key, {})
         for m in sorted(m for m in measured if problem.m <= m <= most):
             plan = decode(measured[m].plan, problem, gpu)
-            if plan is not None:
+            if plan is not None and not (m > problem.m and _wastes_tokens(plan, problem.m)):
                 return plan
     return None
+
+
+def _wastes_tokens(plan: AnyPlan, m: int) -> bool:
+    """Whether a plan made for more tokens computes many that m tokens have not."""
+    if not isinstance(plan, BatchPlan | MmaPlan):
+        return False
+    return -m % plan.config.tokens > max(16, m // 8)
 
 
 def _interchangeable(problem: Problem) -> list[Problem]:

@@ -20,7 +20,7 @@ from flute.batch import (
     supports,
 )
 from flute.config import Gpu, Problem
-from flute.plans import DensePlan, MmaPlan, SplitPlan, default_plan, plans_of
+from flute.plans import DensePlan, MmaPlan, SplitPlan, default_plan, plans_of, slab_tokens
 
 GPU = Gpu()
 
@@ -108,6 +108,17 @@ def test_the_dispatcher_by_tokens():
     def kind(m, n=57344, k=8192):
         return type(default_plan(Problem(4, 128, "float16", "float16", False, m, n, k), GPU))
 
-    kinds = [kind(m).__name__ for m in (1, 8, 9, 16384, 16385)]
-    assert kinds == ["Plan", "Plan", "BatchPlan", "BatchPlan", "DensePlan"]
+    kinds = [kind(m).__name__ for m in (1, 8, 9, 2048, 4096)]
+    assert kinds == ["Plan", "Plan", "BatchPlan", "BatchPlan", "SplitPlan"]
     assert [kind(m, 2048, 4096).__name__ for m in (16, 17)] == ["Plan", "BatchPlan"]
+
+
+@pytest.mark.parametrize("k", [4096, 8192, 28672])
+def test_many_tokens_are_launched_in_equal_slabs(k):
+    for m in (1, 2048, 2500, 3000, 4096, 5000, 8192, 16384, 100_000):
+        tokens = slab_tokens(m, k)
+        assert tokens == m or (tokens % 256 == 0 and 1280 <= tokens <= 5120)
+        assert tokens * k * 2 <= 42 << 20 or tokens <= 2560
+        launches = -(-m // tokens)
+        assert launches == 1 or m > 2500
+        assert slab_tokens(tokens, k) == tokens

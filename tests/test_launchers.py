@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import packed_weight, random_weight
 
-from flute import launchers
+from flute import launchers, precompile
 from flute.batch import BatchPlan
 from flute.candidates import heuristic
 from flute.config import Gpu
@@ -23,7 +23,8 @@ def driver(monkeypatch):
     monkeypatch.setattr(launch, "_driver", lambda: {"cuLaunchKernelEx": lambda *a: 0})
     monkeypatch.setattr(launchers, "_launchers", {})
     monkeypatch.setattr(launchers, "_products", {})
-    monkeypatch.setattr(launchers, "gpu_of", lambda device: Gpu())
+    for module in (launchers, precompile):
+        monkeypatch.setattr(module, "gpu_of", lambda device: Gpu())
     monkeypatch.setattr(launchers, "_function", lambda source, device: 1)
 
 
@@ -108,10 +109,12 @@ def test_what_is_compiled_ahead_serves_every_number_of_tokens(monkeypatch, ends)
     """Also where ranges of rows, which batch kernels do not take, have others serve."""
     compiled = set()
     monkeypatch.setattr(cache, "load_or_compile", lambda source, arch: source)
-    monkeypatch.setattr(launchers, "_load", lambda source, cubin, device: compiled.add(source.text))
+    monkeypatch.setattr(
+        precompile, "load_kernel", lambda source, cubin, device: compiled.add(source.text)
+    )
     weight = packed_weight(random_weight(200, 8192, QuantSpec(4, 64), table_ends=ends))
-    problem = launchers.prepared_problem(weight, torch.float16)
-    launchers.compile_kernels([problem], torch.device("cuda", 0), lambda *_: None)
+    problem = precompile.prepared_problem(weight, torch.float16)
+    precompile.compile_kernels([problem], torch.device("cuda", 0), lambda *_: None)
     for m in (*range(1, 130), *range(130, 2100, 37)):
         plan = launchers.choose(problem[0]._replace(m=m), problem[1], Gpu())
         if isinstance(plan, KernelPlan):

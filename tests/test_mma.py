@@ -12,7 +12,6 @@ from test_config import GPUS, random_problem
 
 from flute import batch
 from flute.config import Gpu, Problem
-from flute.launchers import PREPARED_M
 from flute.mma import (
     TOKENS,
     MmaConfig,
@@ -26,6 +25,7 @@ from flute.mma import (
     work_of,
 )
 from flute.plans import MAX_MMA_M, BatchPlan, DensePlan, Plan, default_plan
+from flute.precompile import PREPARED_M
 
 A100 = GPUS[1]
 MOST_SCRATCH = 64 << 20

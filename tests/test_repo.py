@@ -28,7 +28,7 @@ LAYERS = (
     ("plans",),
     ("tuning", "cpu"),
     ("methods", "launchers", "timing", "model_shapes"),
-    ("concat", "cuda"),
+    ("concat", "cuda", "precompile"),
     ("ops", "operands"),
     ("linear", "tune", "calibration", "experts"),
     ("training",),

@@ -7,7 +7,7 @@ import torch
 from flute.device import warn_slow, why_not
 from flute.format import PackedWeight
 from flute.kernel_order import to_kernel_order
-from flute.launchers import compile_kernels, prepared_problem
+from flute.precompile import compile_kernels, prepared_problem
 
 
 def takes_kernels(weight: PackedWeight, dtype: torch.dtype) -> bool:
