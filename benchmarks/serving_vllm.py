@@ -51,7 +51,7 @@ def start(
     share: float,
     extra: Sequence[str],
 ) -> None:
-    """Start a server per model, whose weights vLLM makes up, without waiting for it.
+    """Start a server per model, without waiting for it.
 
     Args:
         models: variant -> folder.
@@ -67,12 +67,12 @@ def start(
     for i, (variant, folder) in enumerate(models.items(), len(servers)):
         port = FIRST_PORT + i
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-        command += ["--model", str(folder), "--port", str(port), "--dtype", "float16"]
+        command += ["--model", str(folder), "--port", str(port)]
         command += ["--max-model-len", "4096", "--max-num-seqs", "128", "--seed", "0"]
         command += ["--no-enable-prefix-caching", "--gpu-memory-utilization", str(share)]
         command += ["--kv-cache-memory-bytes", str(int(kv_gib * 2**30))]
         command += ["--cudagraph-capture-sizes", *map(str, CAPTURED)]
-        command += ["--load-format", "dummy", *extra]
+        command += extra
         with (work / f"{variant}.log").open("w") as log:
             process = subprocess.Popen(
                 command, stdout=log, stderr=log, env=environment, start_new_session=True

@@ -7,13 +7,24 @@ import sys
 
 import pytest
 import torch
-from helpers import DEMO_MODEL, ROOT, run_python
+from helpers import DEMO_MODEL, ROOT, python, run_python
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 serving_models = pytest.importorskip("serving_models")
 
 from flute.format import CheckpointConfig  # noqa: E402
 from flute.linear import LutLinear  # noqa: E402
+from flute.model import QuantizeOptions  # noqa: E402
+from flute.stream import quantize_checkpoint  # noqa: E402
+
+BENCH = (
+    "import runpy, sys; sys.path.insert(0, 'benchmarks'); sys.argv[0] = 'bench'; "
+    "runpy.run_path('benchmarks/bench_serving.py', None, '__main__')"
+)
+
+
+def bench(*arguments):
+    return run_python(BENCH, *arguments)
 
 
 @pytest.mark.parametrize("variant", ["w4", "w3", "w2"])
@@ -38,13 +49,12 @@ def test_random_models_are_quantised_but_for_the_head():
 
 def test_transformers_engine_keeps_a_record_per_setting(tmp_path):
     out = tmp_path / "records.json"
-    arguments = ["run", "--engine", "transformers", "--shape", "tiny", "--layers", "1"]
+    arguments = ["run", "--engine", "transformers", "--model", "tiny", "--layers", "1"]
     arguments += ["--variants", "fp16", "w4", "--concurrency", "2", "--input-tokens", "8"]
     arguments += ["--output-tokens", "4", "--long-prompt", "16", "--rounds", "1"]
     arguments += ["--backend", "none", "--device", "cpu"]
     arguments += ["--work", str(tmp_path), "--out", str(out)]
-    code = "import runpy, sys; sys.path.insert(0, 'benchmarks'); sys.argv[0] = 'bench'; "
-    run_python(code + "runpy.run_path('benchmarks/bench_serving.py', None, '__main__')", *arguments)
+    bench(*arguments)
     records = json.loads(out.read_text())["records"]
     assert [(r["variant"], r["concurrency"], r["input_tokens"]) for r in records] == [
         ("fp16", 2, 8),
@@ -55,6 +65,44 @@ def test_transformers_engine_keeps_a_record_per_setting(tmp_path):
     first = records[0]
     taken = 2 * 4 / first["output_throughput"]
     assert taken > first["median_ttft_ms"] / 1e3 > 0
+
+
+def test_your_own_models_are_measured_as_they_are(tmp_path):
+    quantize_checkpoint(DEMO_MODEL, tmp_path / "w3", QuantizeOptions(3, 64, method="nf"))
+    out = tmp_path / "records.json"
+    arguments = ["--engine", "transformers", "--model", DEMO_MODEL, tmp_path / "w3"]
+    arguments += ["--concurrency", "1", "--input-tokens", "8", "--output-tokens", "4", "--rounds"]
+    arguments += ["1", "--long-prompt", "0", "--backend", "none", "--device", "cpu"]
+    arguments += ["--work", tmp_path / "work", "--out", out]
+    printed = bench(*arguments)
+    records = json.loads(out.read_text())["records"]
+    assert [(r["variant"], r["shape"]) for r in records] == [
+        ("llama-demo-7m", "folder"),
+        ("w3", "folder"),
+    ]
+    assert "w3: model made in" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no-such-folder"], "no config.json there; expected a folder, or llama-3-8b"),
+        (["--model", "tiny", "llama-3-8b"], "expected one name of shapes, or folders"),
+        (["--model", DEMO_MODEL, DEMO_MODEL], "two folders are named llama-demo-7m"),
+        (["--model", DEMO_MODEL, "--layers", "1"], "not a folder's model"),
+        (["--variants", "w5"], "expected some of fp16, w4, w3, w2, gptq"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_in_a_line(arguments, message):
+    process = python(BENCH, *arguments)
+    printed, _ = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert message in printed.splitlines()[-1]
+
+
+def test_help_shows_how_to_measure_your_own_model():
+    printed = bench("--help")
+    assert "python benchmarks/bench_serving.py --model MODEL OUT --out serving.json" in printed
 
 
 @pytest.mark.parametrize("dense", [[], ["--dense"]], ids=["packed", "dense"])
