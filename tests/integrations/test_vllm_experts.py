@@ -172,13 +172,13 @@ def test_what_does_not_fit_is_named():
 
 
 def test_a_vllm_with_other_moe_classes_serves_dense_experts_only(monkeypatch):
-    from flute.integrations import vllm_linear
+    from flute.integrations import vllm_config
 
     class RoutedExperts(nn.Module):
         moe_config = rank_of(0, 1)
 
-    monkeypatch.setattr(vllm_linear, "vllm_experts", None)
-    make = vllm_linear.FluteQuantizationConfig.from_config
+    monkeypatch.setattr(vllm_config, "vllm_experts", None)
+    make = vllm_config.FluteQuantizationConfig.from_config
     dense = make(CheckpointConfig().to_dict())
     assert dense.get_quant_method(RoutedExperts(), NAME) is None
     skipped = make({"bits": 4, "modules_to_not_convert": ["*.experts.*"]})
