@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 FIRST_PORT = 8100
-CAPTURED = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
-"""Numbers of sequences that vLLM captures a CUDA graph for; others are padded to the next."""
+CAPTURED = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""Numbers of tokens that vLLM captures a CUDA graph for; others are padded to the next."""
 KEPT = (
     "completed",
     "failed",

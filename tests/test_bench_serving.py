@@ -11,6 +11,7 @@ from helpers import DEMO_MODEL, ROOT, python, run_python
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 serving_models = pytest.importorskip("serving_models")
+profile_decode = pytest.importorskip("profile_decode")
 
 from flute.format import CheckpointConfig  # noqa: E402
 from flute.linear import LutLinear  # noqa: E402
@@ -116,3 +117,18 @@ def test_loading_is_measured(tmp_path, dense):
     packed = 2 * (3 * 256 * 768 + 3 * 256 * 256) / 2  # q, o and two half-size k and v make three
     assert packed < record["parameter_bytes"] - 2 * 2 * 8192 * 256 < 2 * packed
     assert record["seconds"] > 0
+
+
+def test_time_of_a_token_is_shared_out(tmp_path):
+    """Kernels that overlap count once; times and gaps add up to the whole."""
+    events = [
+        {"cat": "kernel", "name": "void lut_gemm<4>(x)", "ts": 10.0, "dur": 5.0},
+        {"cat": "cpu_op", "name": "aten::mm", "ts": 0.0, "dur": 90.0},
+        {"cat": "kernel", "name": "norm", "ts": 14.0, "dur": 3.0},
+        {"cat": "kernel", "name": "void lut_gemm<3>(x)", "ts": 19.0, "dur": 1.0},
+        {"cat": "gpu_memcpy", "name": "Memcpy", "ts": 25.0, "dur": 2.0},
+    ]
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
+    rows = profile_decode.shares(profile_decode.read_trace(tmp_path / "trace.json"), 1)
+    assert rows == [("lut_gemm", 2.0, 6.0, 2.0), ("Memcpy", 1.0, 2.0, 5.0), ("norm", 1.0, 2.0, 0.0)]
+    assert sum(row.time + row.gap for row in rows) == 27.0 - 10.0
