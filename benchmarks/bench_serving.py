@@ -170,7 +170,8 @@ def measure(args: argparse.Namespace, variants: list[str]) -> None:
             for c in args.concurrency
         ]
         if args.long_prompt:
-            plan.append((1, 8, args.long_prompt, 2))
+            longest = server["max_length"] - 8  # the client's prompts vary by a token or two
+            plan.append((1, 8, min(args.long_prompt, longest), 2))
         for concurrency, prompts, num_input, num_output in plan:
             result = serving_vllm.measure(
                 server, concurrency=concurrency, prompts=prompts, tokens=(num_input, num_output)
