@@ -201,8 +201,8 @@ def check_platform() -> None:
         return
     if not current_platform.is_cuda():
         raise UnsupportedProblemError(
-            f"vLLM's device is {current_platform.device_name}; FLUTE's kernels run on NVIDIA GPUs, "
-            "and vLLM for CPUs takes PyTorch's path."
+            f"vLLM's device is {current_platform.device_name}; FLUTE's kernels run on NVIDIA GPUs "
+            "and on CPUs."
         )
     found = current_platform.get_device_capability()
     reason = why_not_on(found.major, found.minor) if found else ""

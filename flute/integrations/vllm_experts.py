@@ -34,7 +34,7 @@ from flute.format import (
 )
 from flute.integrations.expert_stack import Block, ExpertStack, asked_for, captured
 from flute.integrations.vllm_layers import Shard, cut_rows
-from flute.integrations.vllm_order import in_device_order
+from flute.integrations.vllm_order import in_kernel_order
 from flute.launchers import compile_kernels, prepared_problem
 from flute.model import QuantizeOptions, fit_groups
 from flute.pack import pack_codes
@@ -237,7 +237,7 @@ class FluteExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
     def _finish(self, layer: Any, stem: str, experts: Sequence[list[PackedWeight]]) -> None:
         """Give a layer a projection of its experts, stacked, in the order of this device."""
         joined = _with_as_many_tables([concat_weights(parts) for parts in experts])
-        ordered = [in_device_order(weight, self.dtype) for weight in joined]
+        ordered = [in_kernel_order(weight, self.dtype) for weight in joined]
         first, out_features = ordered[0]
         is_ordered = out_features is not None
         self._stacks[stem] = _Stack(first.spec, first.N, first.table_ends, is_ordered)

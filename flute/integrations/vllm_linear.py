@@ -2,7 +2,7 @@
 
     create_weights    parameters as on disk, cut for this rank:  codes, scales, table
     (loading)         vLLM's loaders slice each tensor of the checkpoint into them
-    process_weights   merged parts keep their tables, by range of rows; on a GPU: kernel order
+    process_weights   merged parts keep their tables, by range of rows; in this device's order
     apply             one `flute::lut_gemm`, opaque to torch.compile, recorded by CUDA graphs
 
 Those of a dense checkpoint are in `flute.integrations.vllm_online`, MoE experts in `vllm_experts`.

@@ -10,7 +10,7 @@ from helpers import packed_weight, random_weight
 from flute.concat import concat_weights
 from flute.format import QuantSpec
 from flute.integrations.expert_stack import Block, ExpertStack, all_experts, asked_for, routed
-from flute.integrations.vllm_order import in_device_order
+from flute.integrations.vllm_order import in_kernel_order
 from flute.launchers import compile_kernels, prepared_problem
 
 E, H, INNER, TOP, REPLAYS = 32, 512, 256, 4, 300
@@ -23,7 +23,7 @@ def stack_of(experts):
         w._replace(packed=w.packed.cuda(), scales=w.scales.cuda(), table=w.table.cuda())
         for w in joined
     ]
-    ordered = [in_device_order(w, torch.float16) for w in moved]
+    ordered = [in_kernel_order(w, torch.float16) for w in moved]
     first, rows = ordered[0]
     assert rows == first.N
     parts = (torch.stack([w[i] for w, _ in ordered]) for i in range(3))

@@ -68,10 +68,15 @@ ENVIRONMENT = {
 
 @pytest.fixture
 def ranks(monkeypatch):
-    """Make vLLM's layers believe in a rank of several; the function returned says which."""
+    """Make vLLM's layers believe in a rank of several; the function returned says which.
+
+    They keep the order of storage, so that tests can look at their codes.
+    """
     from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
     from vllm.model_executor import parameter
     from vllm.model_executor.layers import linear
+
+    monkeypatch.setenv("FLUTE_CPU_VARIANT", "none")
 
     def be(rank, size):
         for module in (linear, parameter):
@@ -218,6 +223,9 @@ def test_kernel_order_of_merged_layers(ranks, monkeypatch):
     from flute.integrations import vllm_order
 
     monkeypatch.setattr(vllm_order, "takes_kernels", lambda *_: True)
+    monkeypatch.setattr(
+        "flute.integrations.vllm_linear.in_device_order", vllm_order.in_kernel_order
+    )
     compiled = []
     monkeypatch.setattr(
         vllm_order, "compile_kernels", lambda problems, *_: compiled.append(problems)
@@ -245,6 +253,27 @@ def test_kernel_order_of_merged_layers(ranks, monkeypatch):
     weight = (whole.packed, whole.scales, whole.table, spec)
     expected = lut_gemm(x, *weight, bias, table_ends=whole.table_ends)
     assert torch.equal(layer.quant_method.apply(layer, x, bias), expected)
+
+
+def test_merged_layers_take_the_kernels_of_a_cpu(ranks, monkeypatch):
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+
+    monkeypatch.delenv("FLUTE_CPU_VARIANT")
+    ranks(0, 1)
+    spec = QuantSpec(3, 64)
+    gate, up = (packed(random_weight(64, 128, spec, seed=i)) for i in (0, 1))
+    layer = MergedColumnParallelLinear(
+        128, [64, 64], bias=False, quant_config=quantization(spec), prefix="l.gate_up_proj"
+    )
+    fill(layer, (gate, up), (0, 1))
+    assert layer.codes.dtype == torch.uint8
+    assert layer.quant_method.out_features == 128
+    whole = concat_weights([gate, up])
+    x = torch.randn(3, 128)
+    weight = (whole.packed, whole.scales, whole.table, spec)
+    expected = lut_gemm(x, *weight, table_ends=whole.table_ends)
+    error = (layer.quant_method.apply(layer, x) - expected).norm() / expected.norm()
+    assert 0 < error < 5e-4
 
 
 def test_an_uneven_shard_is_refused_by_name(ranks):

@@ -59,6 +59,34 @@ def test_a_whole_checkpoint_passes(quantised):
     served(quantised, 2)
 
 
+ARCHITECTURES = {
+    "Llama": {},
+    "Mistral": {},
+    "Gemma2": {"head_dim": 32},
+    "Qwen2": {"tie_word_embeddings": True},
+    "Qwen3": {"head_dim": 32},
+    "Phi3": {},
+    "Mixtral": {"num_local_experts": 2},
+    "Qwen2Moe": {"num_experts": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1},
+    "Qwen3Moe": {"num_experts": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1},
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_nothing_is_refused_that_can_be_served(name, tmp_path):
+    """Dense and quantised, with what each architecture ties, merges or renames."""
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 96, "pad_token_id": 0}
+    config = getattr(transformers, f"{name}Config")(**sizes, **more, **ARCHITECTURES[name])
+    model = getattr(transformers, f"{name}ForCausalLM")(config).bfloat16()
+    model.save_pretrained(tmp_path / "dense")
+    read = transformers.AutoConfig.from_pretrained(tmp_path / "dense")
+    check_served(read, find_files(tmp_path / "dense"), QuantizeOptions(4, 32), 2)
+    quantize_checkpoint(tmp_path / "dense", tmp_path / "q", QuantizeOptions(4, 32, method="nf"))
+    served(tmp_path / "q")
+    served(tmp_path / "q", 2)
+
+
 def test_ranks_that_cut_groups_are_refused_by_name(quantised):
     with pytest.raises(UnsupportedProblemError) as error:
         served(quantised, 4)
