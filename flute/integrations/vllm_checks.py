@@ -16,6 +16,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import nn
 
 from flute.architecture import model_of
@@ -97,8 +98,12 @@ def check_served(
     is_quantized = isinstance(quantization, CheckpointConfig)
     if is_quantized:
         check_tensor_names(name for file in files for name in tensor_names(file))
+    # Why only these: a draft of Eagle's has a Llama's config and not a Llama's tensors.
+    known = [n for n in getattr(hf_config, "architectures", None) or () if hasattr(transformers, n)]
+    if not known:
+        return
     try:
-        model = model_of(deepcopy(hf_config), getattr(hf_config, "architectures", None) or [])
+        model = model_of(deepcopy(hf_config), known)
     except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
         _log.info("The model is checked while it loads: %s", error)
         return

@@ -186,6 +186,9 @@ def test_a_dense_model_is_checked_too():
 
 def test_a_model_that_transformers_does_not_know_is_left_to_the_loaders():
     check_served(SimpleNamespace(architectures=["Unheard"]), [], CheckpointConfig(), 3)
+    config = transformers.LlamaConfig(num_hidden_layers=1)
+    config.architectures = ["LlamaForCausalLMEagle3"]
+    check_served(config, find_files(DEMO_MODEL), CheckpointConfig(), 3)
 
 
 def test_a_checkpoint_of_the_original_flute_is_sent_to_convert(tmp_path):
