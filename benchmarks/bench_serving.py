@@ -1,14 +1,20 @@
 """Output tokens per second and time to first token of a served model, dense and quantised.
 
 With vLLM: a server per variant, measured by vLLM's own benchmark client (random prompts, greedy,
-no early end) at each concurrency, then the time to first token of a long prompt. Models are random,
-of a real model's shapes; vLLM makes up their weights.
+no early end) at each concurrency, then the time to first token of a long prompt.
 
-    fp16    dense
+Your own models, quantised or dense, as they are (a variant is a folder's name):
+
+    flute quantize MODEL OUT
+    python benchmarks/bench_serving.py --model MODEL OUT --out serving.json
+
+Or a well-known model's shapes, with weights that vLLM makes up, in all variants:
+
+    fp16        dense
     w4 w3 w2    flute, group 128
-    gptq    int4 in GPTQ's format, group 128, through vLLM's default kernel
+    gptq        int4 in GPTQ's format, group 128, through vLLM's default kernel
 
-    python benchmarks/bench_serving.py run --variants fp16 w4 gptq --out serving.json
+    python benchmarks/bench_serving.py --model llama-3-8b --variants fp16 w4 gptq
     python benchmarks/bench_serving.py start --variants fp16 w4     # all at once, left running
     python benchmarks/bench_serving.py measure --out serving.json
     python benchmarks/bench_serving.py stop
@@ -31,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from serving_models import SHAPES, VARIANTS, random_model, write_folder
+from serving_models import SHAPES, VARIANTS, load_model, random_model, write_folder
 
 import flute
 
@@ -75,12 +81,19 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("action", nargs="?", default="run", choices=("run", "start", "measure", "stop"))
     add("--engine", default="vllm", choices=("vllm", "transformers"))
-    add("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    add("--shape", default="llama-3-8b", choices=list(SHAPES), help="of the random model")
-    add("--layers", type=int, help="keep only so many of its layers")
-    add("--concurrency", nargs="+", type=int, default=[1, 8, 32, 128])
-    add("--input-tokens", type=int, default=128)
-    add("--output-tokens", type=int, default=128)
+    add(
+        "--model",
+        nargs="+",
+        default=["llama-3-8b"],
+        metavar="FOLDER | SHAPES",
+        help=f"folders of models, or one of {', '.join(SHAPES)} (llama-3-8b)",
+    )
+    variants = ", ".join(VARIANTS)
+    add("--variants", nargs="+", help=f"what to compare: {variants}, or folders' names (all)")
+    add("--layers", type=int, help="keep only so many layers of a well-known model's shapes")
+    add("--concurrency", nargs="+", type=int, default=[1, 8, 32, 128], help="requests at once")
+    add("--input-tokens", type=int, default=128, help="of each prompt (128)")
+    add("--output-tokens", type=int, default=128, help="of each answer (128)")
     add("--long-prompt", type=int, default=2048, help="for the time to first token; 0: leave out")
     add("--rounds", type=int, default=2, help="requests per client, timed runs of transformers")
     add("--together", action="store_true", help="run: start all servers before measuring any")
@@ -93,22 +106,49 @@ def parse() -> argparse.Namespace:
     add("--out", type=Path, help="a JSON file; records are added to those that it has")
     add("--commit", help="of the code that runs (default: what git says)")
     add("--server-arguments", nargs=argparse.REMAINDER, default=[], help="last: more for vLLM")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.shape = args.model[0] if args.model[0] in SHAPES else None
+    args.folders = {} if args.shape else folders_of(args.model, parser)
+    known = list(args.folders or VARIANTS)
+    args.variants = args.variants or known
+    if args.shape and len(args.model) > 1:
+        parser.error(f"--model {' '.join(args.model)}: expected one name of shapes, or folders.")
+    if unknown := [variant for variant in args.variants if variant not in known]:
+        parser.error(f"--variants {' '.join(unknown)}: expected some of {', '.join(known)}.")
+    if args.layers and not args.shape:
+        parser.error("--layers cuts a well-known model's shapes, not a folder's model.")
+    return args
+
+
+def folders_of(paths: list[str], parser: argparse.ArgumentParser) -> dict[str, Path]:
+    """Return the models to serve as they are: a short name of each -> its folder."""
+    found: dict[str, Path] = {}
+    for path in map(Path, paths):
+        if not (path / "config.json").exists():
+            names = ", ".join(SHAPES)
+            parser.error(f"--model {path}: no config.json there; expected a folder, or {names}.")
+        name = path.resolve().name
+        if name in found:
+            parser.error(f"--model: two folders are named {name}; their results could not be told.")
+        found[name] = path.resolve()
+    return found
 
 
 def start(args: argparse.Namespace, variants: list[str]) -> None:
     import serving_vllm
 
-    folders = {}
-    for variant in variants:
-        folders[variant] = args.work / variant
-        write_folder(folders[variant], variant, args.shape, args.layers, TOKENIZER)
+    folders = {variant: args.folders.get(variant, args.work / variant) for variant in variants}
+    extra = list(args.server_arguments)
+    if args.shape:
+        for variant, folder in folders.items():
+            write_folder(folder, variant, args.shape, args.layers, TOKENIZER)
+        extra = ["--load-format", "dummy", "--dtype", "float16", *extra]
     serving_vllm.start(
         folders,
         args.work,
         kv_gib=args.kv_gib,
         share=args.memory_share,
-        extra=args.server_arguments,
+        extra=extra,
     )
     serving_vllm.wait(args.work, args.wait)
 
@@ -130,7 +170,8 @@ def measure(args: argparse.Namespace, variants: list[str]) -> None:
             for c in args.concurrency
         ]
         if args.long_prompt:
-            plan.append((1, 8, args.long_prompt, 2))
+            longest = server["max_length"] - 8  # the client's prompts vary by a token or two
+            plan.append((1, 8, min(args.long_prompt, longest), 2))
         for concurrency, prompts, num_input, num_output in plan:
             result = serving_vllm.measure(
                 server, concurrency=concurrency, prompts=prompts, tokens=(num_input, num_output)
@@ -144,7 +185,11 @@ def run_transformers(args: argparse.Namespace) -> None:
 
     for variant in args.variants:
         began = time.perf_counter()
-        model = random_model(variant, args.shape, args.layers, torch.device(args.device))
+        device = torch.device(args.device)
+        if args.shape:
+            model = random_model(variant, args.shape, args.layers, device)
+        else:
+            model = load_model(args.folders[variant], device)
         made = round(time.perf_counter() - began, 1)
         print(f"{variant}: model made in {made} s", flush=True)
         for concurrency in args.concurrency:
@@ -169,7 +214,7 @@ def run_transformers(args: argparse.Namespace) -> None:
 
 def keep(args: argparse.Namespace, variant: str, result: Record) -> None:
     """Print a record and add it to the file of results."""
-    record = {"engine": args.engine, "variant": variant, "shape": args.shape, **result}
+    record = {"engine": args.engine, "variant": variant, "shape": args.shape or "folder", **result}
     print(json.dumps(record), flush=True)
     if args.out is None:
         return

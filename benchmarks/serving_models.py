@@ -101,6 +101,12 @@ def random_model(
     return model
 
 
+def load_model(folder: Path, device: torch.device) -> transformers.PreTrainedModel:
+    """Return a folder's model as it is, dense or quantised."""
+    model = flute.from_pretrained(folder, dtype="auto", device_map=str(device))
+    return model.eval()
+
+
 def _random_layer(linear: torch.nn.Linear, spec: QuantSpec, device: torch.device) -> LutLinear:
     N, K = linear.out_features, linear.in_features
     layer = LutLinear(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -25,8 +26,10 @@ from pathlib import Path
 from typing import Any
 
 FIRST_PORT = 8100
-CAPTURED = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
-"""Numbers of sequences that vLLM captures a CUDA graph for; others are padded to the next."""
+LENGTH = 4096
+"""Tokens of a request that models are served with, unless they take fewer."""
+CAPTURED = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""Numbers of tokens that vLLM captures a CUDA graph for; others are padded to the next."""
 KEPT = (
     "completed",
     "failed",
@@ -51,7 +54,7 @@ def start(
     share: float,
     extra: Sequence[str],
 ) -> None:
-    """Start a server per model, whose weights vLLM makes up, without waiting for it.
+    """Start a server per model, without waiting for it.
 
     Args:
         models: variant -> folder.
@@ -67,12 +70,13 @@ def start(
     for i, (variant, folder) in enumerate(models.items(), len(servers)):
         port = FIRST_PORT + i
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-        command += ["--model", str(folder), "--port", str(port), "--dtype", "float16"]
-        command += ["--max-model-len", "4096", "--max-num-seqs", "128", "--seed", "0"]
+        command += ["--model", str(folder), "--port", str(port)]
+        length = max_length(folder)
+        command += ["--max-model-len", str(length), "--max-num-seqs", "128", "--seed", "0"]
         command += ["--no-enable-prefix-caching", "--gpu-memory-utilization", str(share)]
         command += ["--kv-cache-memory-bytes", str(int(kv_gib * 2**30))]
         command += ["--cudagraph-capture-sizes", *map(str, CAPTURED)]
-        command += ["--load-format", "dummy", *extra]
+        command += extra
         with (work / f"{variant}.log").open("w") as log:
             process = subprocess.Popen(
                 command, stdout=log, stderr=log, env=environment, start_new_session=True
@@ -81,10 +85,18 @@ def start(
             "port": port,
             "pid": process.pid,
             "model": str(folder),
+            "max_length": length,
             "command": command[1:],
             "started": time.time(),
         }
     (work / "servers.json").write_text(json.dumps(servers, indent=1))
+
+
+def max_length(folder: Path) -> int:
+    """Return the most tokens of a request that a model is served with."""
+    config = json.loads((folder / "config.json").read_text())
+    most = config.get("text_config", config).get("max_position_embeddings", LENGTH)
+    return min(LENGTH, int(most))
 
 
 def running(work: Path) -> dict[str, Any]:
@@ -95,6 +107,7 @@ def running(work: Path) -> dict[str, Any]:
 
 def wait(work: Path, seconds: float) -> dict[str, float]:
     """Wait until all servers answer or have died; return variant -> seconds until it answered."""
+    importlib.import_module("vllm.benchmarks.serve")  # seconds, in which servers start
     pending, ready = running(work), {}
     deadline = time.monotonic() + seconds
     while pending and time.monotonic() < deadline:

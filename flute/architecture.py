@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,9 @@ def meta_model(directory: Path, config: Mapping[str, Any]) -> nn.Module:
     import transformers
 
     kind, names = config.get("model_type"), config.get("architectures") or []
-    known = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
     try:
         parsed = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        with torch.device("meta"):
-            if known:
-                model: nn.Module = known[0](parsed)
-            else:
-                model = transformers.AutoModelForCausalLM.from_config(
-                    parsed, trust_remote_code=False
-                )
+        return model_of(parsed, names)
     except Exception as error:
         raise UnsupportedProblemError(
             f"transformers {transformers.__version__} cannot build model_type {kind!r}, "
@@ -39,6 +32,26 @@ def meta_model(directory: Path, config: Mapping[str, Any]) -> nn.Module:
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. Upgrade "
             "transformers, or quantise the loaded model with `flute.quantize_model`."
         ) from error
+
+
+def model_of(config: Any, architectures: Sequence[str]) -> nn.Module:
+    """Return the model that a config describes, without weights.
+
+    Args:
+        config: of transformers.
+        architectures: names of the model's class; the first that transformers knows is taken.
+
+    Raises:
+        ValueError: there is no model of such a config.
+    """
+    import transformers
+
+    known = [getattr(transformers, name) for name in architectures if hasattr(transformers, name)]
+    with torch.device("meta"):
+        if known:
+            model: nn.Module = known[0](config)
+        else:
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model
 
 

@@ -26,7 +26,16 @@ def why_not(device: torch.device) -> str:
     """Return why a device runs no kernels of ours, or "" if it does."""
     if device.type != "cuda" or torch.version.hip:
         return f"{device.type} has none"
-    major, minor = torch.cuda.get_device_capability(device)
+    return why_not_on(*torch.cuda.get_device_capability(device))
+
+
+def why_not_on(major: int, minor: int) -> str:
+    """Return why an NVIDIA GPU runs no kernels of ours, or "" if it does; opens no CUDA context.
+
+    Args:
+        major: first number of its compute capability.
+        minor: the second.
+    """
     if (major, minor) < (8, 0):
         return f"sm_{major}{minor} is older than sm_80"
     if (major, minor) not in TESTED and os.environ.get(UNTESTED_ENVIRONMENT) != "1":

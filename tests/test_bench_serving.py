@@ -7,13 +7,25 @@ import sys
 
 import pytest
 import torch
-from helpers import DEMO_MODEL, ROOT, run_python
+from helpers import DEMO_MODEL, ROOT, python, run_python
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 serving_models = pytest.importorskip("serving_models")
+profile_decode = pytest.importorskip("profile_decode")
 
 from flute.format import CheckpointConfig  # noqa: E402
 from flute.linear import LutLinear  # noqa: E402
+from flute.model import QuantizeOptions  # noqa: E402
+from flute.stream import quantize_checkpoint  # noqa: E402
+
+BENCH = (
+    "import runpy, sys; sys.path.insert(0, 'benchmarks'); sys.argv[0] = 'bench'; "
+    "runpy.run_path('benchmarks/bench_serving.py', None, '__main__')"
+)
+
+
+def bench(*arguments):
+    return run_python(BENCH, *arguments)
 
 
 @pytest.mark.parametrize("variant", ["w4", "w3", "w2"])
@@ -38,13 +50,12 @@ def test_random_models_are_quantised_but_for_the_head():
 
 def test_transformers_engine_keeps_a_record_per_setting(tmp_path):
     out = tmp_path / "records.json"
-    arguments = ["run", "--engine", "transformers", "--shape", "tiny", "--layers", "1"]
+    arguments = ["run", "--engine", "transformers", "--model", "tiny", "--layers", "1"]
     arguments += ["--variants", "fp16", "w4", "--concurrency", "2", "--input-tokens", "8"]
     arguments += ["--output-tokens", "4", "--long-prompt", "16", "--rounds", "1"]
     arguments += ["--backend", "none", "--device", "cpu"]
     arguments += ["--work", str(tmp_path), "--out", str(out)]
-    code = "import runpy, sys; sys.path.insert(0, 'benchmarks'); sys.argv[0] = 'bench'; "
-    run_python(code + "runpy.run_path('benchmarks/bench_serving.py', None, '__main__')", *arguments)
+    bench(*arguments)
     records = json.loads(out.read_text())["records"]
     assert [(r["variant"], r["concurrency"], r["input_tokens"]) for r in records] == [
         ("fp16", 2, 8),
@@ -55,6 +66,44 @@ def test_transformers_engine_keeps_a_record_per_setting(tmp_path):
     first = records[0]
     taken = 2 * 4 / first["output_throughput"]
     assert taken > first["median_ttft_ms"] / 1e3 > 0
+
+
+def test_your_own_models_are_measured_as_they_are(tmp_path):
+    quantize_checkpoint(DEMO_MODEL, tmp_path / "w3", QuantizeOptions(3, 64, method="nf"))
+    out = tmp_path / "records.json"
+    arguments = ["--engine", "transformers", "--model", DEMO_MODEL, tmp_path / "w3"]
+    arguments += ["--concurrency", "1", "--input-tokens", "8", "--output-tokens", "4", "--rounds"]
+    arguments += ["1", "--long-prompt", "0", "--backend", "none", "--device", "cpu"]
+    arguments += ["--work", tmp_path / "work", "--out", out]
+    printed = bench(*arguments)
+    records = json.loads(out.read_text())["records"]
+    assert [(r["variant"], r["shape"]) for r in records] == [
+        ("llama-demo-7m", "folder"),
+        ("w3", "folder"),
+    ]
+    assert "w3: model made in" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no-such-folder"], "no config.json there; expected a folder, or llama-3-8b"),
+        (["--model", "tiny", "llama-3-8b"], "expected one name of shapes, or folders"),
+        (["--model", DEMO_MODEL, DEMO_MODEL], "two folders are named llama-demo-7m"),
+        (["--model", DEMO_MODEL, "--layers", "1"], "not a folder's model"),
+        (["--variants", "w5"], "expected some of fp16, w4, w3, w2, gptq"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_in_a_line(arguments, message):
+    process = python(BENCH, *arguments)
+    printed, _ = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert message in printed.splitlines()[-1]
+
+
+def test_help_shows_how_to_measure_your_own_model():
+    printed = bench("--help")
+    assert "python benchmarks/bench_serving.py --model MODEL OUT --out serving.json" in printed
 
 
 @pytest.mark.parametrize("dense", [[], ["--dense"]], ids=["packed", "dense"])
@@ -68,3 +117,18 @@ def test_loading_is_measured(tmp_path, dense):
     packed = 2 * (3 * 256 * 768 + 3 * 256 * 256) / 2  # q, o and two half-size k and v make three
     assert packed < record["parameter_bytes"] - 2 * 2 * 8192 * 256 < 2 * packed
     assert record["seconds"] > 0
+
+
+def test_time_of_a_token_is_shared_out(tmp_path):
+    """Kernels that overlap count once; times and gaps add up to the whole."""
+    events = [
+        {"cat": "kernel", "name": "void lut_gemm<4>(x)", "ts": 10.0, "dur": 5.0},
+        {"cat": "cpu_op", "name": "aten::mm", "ts": 0.0, "dur": 90.0},
+        {"cat": "kernel", "name": "norm", "ts": 14.0, "dur": 3.0},
+        {"cat": "kernel", "name": "void lut_gemm<3>(x)", "ts": 19.0, "dur": 1.0},
+        {"cat": "gpu_memcpy", "name": "Memcpy", "ts": 25.0, "dur": 2.0},
+    ]
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
+    rows = profile_decode.shares(profile_decode.read_trace(tmp_path / "trace.json"), 1)
+    assert rows == [("lut_gemm", 2.0, 6.0, 2.0), ("Memcpy", 1.0, 2.0, 5.0), ("norm", 1.0, 2.0, 0.0)]
+    assert sum(row.time + row.gap for row in rows) == 27.0 - 10.0

@@ -62,25 +62,14 @@ def run(args: argparse.Namespace) -> int:
     _check_port(args.host, args.port)
     device = pick_device(args.device)
     quiet_transformers()
-    # Why here: importing these takes seconds, and they need what is looked for above.
-    from transformers.cli.serve import Serve
-    from transformers.cli.serving.model_manager import ModelManager
-
+    # Why here: importing it takes seconds, and it needs what is looked for above.
     from flute.integrations.huggingface import register
+    from flute.integrations.serving import serve
 
     register()
-    # Why: it lists the models in the Hub's cache, and fails where there is none.
-    entry = {"id": args.model, "object": "model", "created": 0, "owned_by": "flute"}
-    ModelManager.get_gen_models = staticmethod(lambda cache_dir=None: [entry])
     report(f"Loading {args.model}; then it answers at http://{args.host}:{args.port}/v1")
     try:
-        Serve(
-            force_model=args.model,
-            device=device,
-            host=args.host,
-            port=args.port,
-            log_level="error",
-        )
+        serve(args.model, device=device, host=args.host, port=args.port)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(f"`{args.model}` cannot be served: {reason[0]}") from error

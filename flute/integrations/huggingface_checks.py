@@ -104,6 +104,23 @@ def _loaded_names(model: Any, names: Iterable[str]) -> Iterator[tuple[str, str, 
             yield name, target.replace(first, other), True
 
 
+def unfilled_parameters(model: nn.Module, files: Sequence[Path]) -> list[str]:
+    """Return the parameters that no tensor in the files fills, tied ones under one name.
+
+    Args:
+        model: as of `check_headers`.
+        files: the safetensors files that will be loaded.
+
+    Raises:
+        CheckpointError: a file is missing or truncated; the message names it.
+    """
+    filled = {target for _, target, _ in _loaded_names(model, read_headers(files))}
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [aliases[0] for aliases in names.values() if filled.isdisjoint(aliases)]
+
+
 def without_expert_merges(transforms: Iterable[Any]) -> list[Any]:
     """Return transformers' transforms but those that fuse experts, for a model with split ones."""
     return [

@@ -81,15 +81,27 @@ class FluteHfQuantizer(HfQuantizer):  # type: ignore[misc]
         files = [p for p in map(Path, checkpoint_files or ()) if p.suffix == ".safetensors"]
         # transformers calls this under `torch.device("meta")`, where no number can be looked at.
         with torch.device("cpu"):
-            names = (
-                self._checkpoint_names(model, files) if self.pre_quantized else self._plan(model)
-            )
-            self._swap_layers(model, names)
-            if files:
-                check_headers(model, files)
-                self.headers_checked = True
+            self.swap(model, files)
             if files and self.pre_quantized and os.environ.get("FLUTE_VERIFY") != "0":
                 verify_checksums(files[0].parent, files)
+
+    def swap(self, model: nn.Module, files: Sequence[Path]) -> None:
+        """Replace the linear layers that are quantised, or to be; check the files' headers.
+
+        Args:
+            model: on the meta device.
+            files: the safetensors files that will be loaded; none are not checked.
+
+        Raises:
+            CheckpointError: tensors are missing, or belong to a layer that the config calls dense.
+            FormatError: a tensor has another dtype or shape than the config says.
+            UnsupportedProblemError: quantised experts of an unknown kind.
+        """
+        names = self._checkpoint_names(model, files) if self.pre_quantized else self._plan(model)
+        self._swap_layers(model, names)
+        if files:
+            check_headers(model, files)
+            self.headers_checked = True
 
     def _swap_layers(self, model: nn.Module, names: Mapping[str, str]) -> None:
         config: CheckpointConfig = self.quantization_config.checkpoint

@@ -1,7 +1,7 @@
 """vLLM: `register`, which vLLM calls in each of its processes, and the original's command.
 
 After ``pip install``, vLLM finds the entry point `vllm.general_plugins`, so ``vllm serve`` takes a
-quantised folder without a flag. What it then calls is in `flute.integrations.vllm_linear`, which
+quantised folder without a flag. What it then calls is in `flute.integrations.vllm_config`, which
 imports vLLM; this file does not.
 
     python -m flute.integrations.vllm vllm.entrypoints.openai.api_server --model QUANTISED
@@ -14,8 +14,9 @@ import importlib
 import runpy
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 _EXAMPLES = """\
 examples:
@@ -38,7 +39,7 @@ def register() -> None:
     if find_spec("vllm") is None:
         return
     try:
-        importlib.import_module("flute.integrations.vllm_linear")  # registers
+        importlib.import_module("flute.integrations.vllm_config")  # registers
     except ImportError as error:
         warnings.warn(
             "FLUTE could not register with vLLM, which will not know the quantisation method "
@@ -49,6 +50,8 @@ def register() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a module of vLLM with FLUTE registered and return the exit code.
+
+    What FLUTE refuses is told in one line, without vLLM's traceback.
 
     Args:
         arguments: the module's name and its arguments; None is those of the command line.
@@ -64,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     # Why here: the command line stands above this file and imports its neighbours.
     from flute.console import report_error
+    from flute.errors import FluteError
 
     if find_spec("vllm") is None:
         report_error("vLLM is not installed here. Run `pip install vllm`.")
@@ -72,8 +76,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"there is no module `{options.module}`")
     register()
     sys.argv = [options.module, *options.arguments]
-    runpy.run_module(options.module, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(options.module, run_name="__main__", alter_sys=True)
+    except Exception as error:
+        own = next((found for found in _causes(error) if isinstance(found, FluteError)), None)
+        if own is None:
+            raise
+        report_error(str(own))
+        return 1
     return 0
+
+
+def _causes(error: BaseException | None) -> Iterator[object]:
+    """Yield an exception and all that led to it, also what pydantic keeps in a list."""
+    while error is not None:
+        yield error
+        if type(error).__name__ == "ValidationError":
+            details: Any = error
+            yield from (detail.get("ctx", {}).get("error") for detail in details.errors())
+        error = error.__cause__ or error.__context__
 
 
 def _exists(module: str) -> bool:

@@ -4,8 +4,7 @@
     loaded     w13_* (experts of this rank, gate rows then up rows)    w2_* (..., down rows)
     apply      per expert that is asked for: down(act(gate x) * up x), weighted and summed
 
-It is correct, not fast: a product per expert. While a CUDA graph is captured, nothing may depend on
-what the tokens ask for, so every expert multiplies every token.
+It is correct, not fast: products per expert. `flute.integrations.expert_stack` says which.
 """
 
 from __future__ import annotations
@@ -33,10 +32,11 @@ from flute.format import (
     PackedWeight,
     QuantSpec,
 )
+from flute.integrations.expert_stack import Block, ExpertStack, asked_for, captured
 from flute.integrations.vllm_layers import Shard, cut_rows
-from flute.integrations.vllm_order import in_device_order
+from flute.integrations.vllm_order import in_kernel_order
+from flute.launchers import compile_kernels, prepared_problem
 from flute.model import QuantizeOptions, fit_groups
-from flute.ops import lut_gemm
 from flute.pack import pack_codes
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
@@ -45,11 +45,12 @@ _SHARDS = {"w1": "gate", "w3": "up", "w2": "down"}
 
 
 class _Stack(NamedTuple):
-    """A projection of all experts of this rank, as products read it."""
+    """What of a projection of all experts of this rank is no tensor."""
 
     spec: QuantSpec
-    out_features: int | None
+    N: int
     table_ends: tuple[int, ...]
+    is_ordered: bool
 
 
 class FluteExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
@@ -235,13 +236,21 @@ class FluteExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
     def _finish(self, layer: Any, stem: str, experts: Sequence[list[PackedWeight]]) -> None:
         """Give a layer a projection of its experts, stacked, in the order of this device."""
-        ordered = [in_device_order(concat_weights(parts), self.dtype) for parts in experts]
+        joined = _with_as_many_tables([concat_weights(parts) for parts in experts])
+        ordered = [in_kernel_order(weight, self.dtype) for weight in joined]
         first, out_features = ordered[0]
-        self._stacks[stem] = _Stack(first.spec, out_features, first.table_ends)
+        is_ordered = out_features is not None
+        self._stacks[stem] = _Stack(first.spec, first.N, first.table_ends, is_ordered)
         stacked = zip(*((w.packed, w.scales, w.table) for w, _ in ordered), strict=True)
         for key, tensors in zip(TENSOR_NAMES, stacked, strict=True):
             data = torch.stack(tensors)
             setattr(layer, f"{stem}_{key}", nn.Parameter(data, requires_grad=False))
+        if is_ordered and stem == "w13":
+            stack, device = self._stack(layer, stem), first.packed.device
+            counts = dict.fromkeys(stack.launches(int(self.moe.experts_per_token)))
+            weights = [stack.side_by_side(count, first.K) for count in counts]
+            problems = [prepared_problem(weight, self.dtype) for weight in weights]
+            compile_kernels(problems, device, lambda *_: None)
 
     def apply(
         self,
@@ -267,28 +276,34 @@ class FluteExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """
         local = getattr(layer, "expert_map", None)
         ids = topk_ids if local is None else local[topk_ids.long()]
-        out = torch.zeros_like(x)
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            for e in range(self.num_experts):
-                share = (topk_weights * (ids == e)).sum(-1, keepdim=True)
-                out += self._expert(layer, e, x) * share.to(x.dtype)
-            return out
-        for e in ids.unique().tolist():
-            if e >= 0:
-                tokens, slots = torch.where(ids == e)
-                y = self._expert(layer, e, x[tokens]) * topk_weights[tokens, slots, None]
-                out.index_add_(0, tokens, y.to(x.dtype))
-        return out
+        block = Block(self._stack(layer, "w13"), self._stack(layer, "w2"), self._act)
+        multiply = captured if is_captured(x) else asked_for
+        return multiply(block, x, topk_weights, ids)
 
-    def _expert(self, layer: Any, e: int, x: Tensor) -> Tensor:
-        gate, up = self._product(layer, "w13", e, x).chunk(2, dim=-1)
-        return self._product(layer, "w2", e, self._act(gate) * up)
+    def _stack(self, layer: Any, stem: str) -> ExpertStack:
+        codes, scales, table = (getattr(layer, f"{stem}_{key}") for key in TENSOR_NAMES)
+        return ExpertStack(codes, scales, table, *self._stacks[stem])
 
-    def _product(self, layer: Any, stem: str, e: int, x: Tensor) -> Tensor:
-        stack = self._stacks[stem]
-        codes, scales, table = (getattr(layer, f"{stem}_{key}")[e] for key in TENSOR_NAMES)
-        rest = (stack.spec, None, stack.out_features, stack.table_ends)
-        return lut_gemm(x.contiguous(), codes, scales, table, *rest)
+
+def is_captured(x: Tensor) -> bool:
+    """Tell whether a CUDA graph records what is done with x."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _with_as_many_tables(weights: Sequence[PackedWeight]) -> list[PackedWeight]:
+    """Return weights of one shape with the same number of tables, repeating those of some.
+
+    Joining drops a table that is equal to the one before it, of some experts and not of others.
+    """
+    most = max(weights, key=lambda weight: len(weight.table))
+    return [
+        weight
+        if len(weight.table) == len(most.table)
+        else weight._replace(
+            table=weight.table.expand(len(most.table), -1).contiguous(), table_ends=most.table_ends
+        )
+        for weight in weights
+    ]
 
 
 class FluteOnlineExpertsMethod(FluteExpertsMethod):

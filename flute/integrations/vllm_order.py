@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from flute.cpu import library as cpu
 from flute.device import warn_slow, why_not
 from flute.format import PackedWeight
 from flute.kernel_order import to_kernel_order
@@ -27,7 +28,29 @@ def takes_kernels(weight: PackedWeight, dtype: torch.dtype) -> bool:
 
 
 def in_device_order(weight: PackedWeight, dtype: torch.dtype) -> tuple[PackedWeight, int | None]:
-    """Return a weight as this device reads it, and its rows if that is kernel order, else None.
+    """Return a weight as this device reads it, and its rows unless that is as it is stored.
+
+    Args:
+        weight: in plain order.
+        dtype: of the activations.
+
+    Raises:
+        KernelCompileError: NVRTC refused a kernel.
+    """
+    if weight.packed.device.type != "cpu":
+        return in_kernel_order(weight, dtype)
+    if not weight.packed.numel():
+        return weight, None
+    if cpu.why_not():
+        if not cpu.is_turned_off():
+            cpu.warn_slow()
+        return weight, None
+    packed, scales = cpu.order(weight)
+    return weight._replace(packed=packed, scales=scales), weight.N
+
+
+def in_kernel_order(weight: PackedWeight, dtype: torch.dtype) -> tuple[PackedWeight, int | None]:
+    """Return a weight as this GPU's kernels read it, and its rows; as it is, and None, without any.
 
     Kernels are compiled here, before a graph is captured.
 

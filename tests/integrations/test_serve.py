@@ -125,6 +125,39 @@ def test_an_openai_client_under_load(server, folder):
         client.completions.create(model="other", prompt=PROMPT)
 
 
+def test_requests_of_clients_that_left_hold_nobody_up(server, folder):
+    """A hundred answers of 200 tokens would take minutes; all but the last are cancelled."""
+    from openai import AsyncOpenAI
+
+    async def run():
+        async with AsyncOpenAI(base_url=server, api_key="none", timeout=120) as client:
+
+            async def ask(count, **more):
+                wanted = {"model": folder, "prompt": PROMPT, "temperature": 0}
+                return await client.completions.create(max_tokens=count, **wanted, **more)
+
+            start = time.monotonic()
+            await ask(200)
+            alone = time.monotonic() - start
+            asked = [asyncio.create_task(ask(200, stream=i % 4 == 0)) for i in range(100)]
+            await asyncio.sleep(alone / 2)
+            for task in asked:
+                task.cancel()
+            ended = await asyncio.gather(*asked, return_exceptions=True)
+            cancelled = [e for e in ended if isinstance(e, asyncio.CancelledError)]
+            assert len(cancelled) > 50
+            for stream in (s for s in ended if not isinstance(s, BaseException)):
+                if hasattr(stream, "close"):
+                    await stream.close()
+            start = time.monotonic()
+            answer = await ask(20)
+            return alone, time.monotonic() - start, answer.usage.completion_tokens
+
+    alone, waited, count = asyncio.run(run())
+    assert count == 20
+    assert waited < 10 + 10 * alone, (alone, waited)
+
+
 # ---- what is refused, before a model is loaded
 
 

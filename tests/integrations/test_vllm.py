@@ -68,10 +68,15 @@ ENVIRONMENT = {
 
 @pytest.fixture
 def ranks(monkeypatch):
-    """Make vLLM's layers believe in a rank of several; the function returned says which."""
+    """Make vLLM's layers believe in a rank of several; the function returned says which.
+
+    They keep the order of storage, so that tests can look at their codes.
+    """
     from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
     from vllm.model_executor import parameter
     from vllm.model_executor.layers import linear
+
+    monkeypatch.setenv("FLUTE_CPU_VARIANT", "none")
 
     def be(rank, size):
         for module in (linear, parameter):
@@ -83,7 +88,7 @@ def ranks(monkeypatch):
 
 
 def quantization(spec, **changes):
-    from flute.integrations.vllm_linear import FluteQuantizationConfig
+    from flute.integrations.vllm_config import FluteQuantizationConfig
 
     config = CheckpointConfig(spec.num_bits, spec.group_size, **changes)
     made = FluteQuantizationConfig.from_config(config.to_dict())
@@ -218,6 +223,9 @@ def test_kernel_order_of_merged_layers(ranks, monkeypatch):
     from flute.integrations import vllm_order
 
     monkeypatch.setattr(vllm_order, "takes_kernels", lambda *_: True)
+    monkeypatch.setattr(
+        "flute.integrations.vllm_linear.in_device_order", vllm_order.in_kernel_order
+    )
     compiled = []
     monkeypatch.setattr(
         vllm_order, "compile_kernels", lambda problems, *_: compiled.append(problems)
@@ -245,6 +253,27 @@ def test_kernel_order_of_merged_layers(ranks, monkeypatch):
     weight = (whole.packed, whole.scales, whole.table, spec)
     expected = lut_gemm(x, *weight, bias, table_ends=whole.table_ends)
     assert torch.equal(layer.quant_method.apply(layer, x, bias), expected)
+
+
+def test_merged_layers_take_the_kernels_of_a_cpu(ranks, monkeypatch):
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+
+    monkeypatch.delenv("FLUTE_CPU_VARIANT")
+    ranks(0, 1)
+    spec = QuantSpec(3, 64)
+    gate, up = (packed(random_weight(64, 128, spec, seed=i)) for i in (0, 1))
+    layer = MergedColumnParallelLinear(
+        128, [64, 64], bias=False, quant_config=quantization(spec), prefix="l.gate_up_proj"
+    )
+    fill(layer, (gate, up), (0, 1))
+    assert layer.codes.dtype == torch.uint8
+    assert layer.quant_method.out_features == 128
+    whole = concat_weights([gate, up])
+    x = torch.randn(3, 128)
+    weight = (whole.packed, whole.scales, whole.table, spec)
+    expected = lut_gemm(x, *weight, table_ends=whole.table_ends)
+    error = (layer.quant_method.apply(layer, x) - expected).norm() / expected.norm()
+    assert 0 < error < 5e-4
 
 
 def test_an_uneven_shard_is_refused_by_name(ranks):
@@ -300,7 +329,7 @@ def test_what_is_dense_stays_vllm_s_own(ranks):
 
 
 def test_configs_that_cannot_be_served_say_so_in_a_line():
-    from flute.integrations.vllm_linear import FluteQuantizationConfig
+    from flute.integrations.vllm_config import FluteQuantizationConfig
 
     config = CheckpointConfig().to_dict()
     with pytest.raises(FormatError, match="format version 99; this package reads up to 1"):
@@ -308,7 +337,17 @@ def test_configs_that_cannot_be_served_say_so_in_a_line():
     with pytest.raises(UnsupportedProblemError, match=r"The model is dense.*flute quantize MODEL"):
         FluteQuantizationConfig.from_config({"quant_method": "flute", "group_size": 64})
     with pytest.raises(UnsupportedProblemError, match="set FLUTE_BITS=4"):
-        FluteQuantizationConfig()
+        FluteQuantizationConfig().maybe_update_config(str(DEMO_MODEL))
+    with pytest.raises(UnsupportedProblemError, match="set FLUTE_BITS=4"):
+        FluteQuantizationConfig().get_quant_method(torch.nn.Identity(), "a")
+
+
+def test_a_checkpoint_of_the_original_is_not_called_dense(tmp_path):
+    from flute.integrations.vllm_config import FluteQuantizationConfig
+
+    (tmp_path / "flute_config.json").write_text("{}")
+    with pytest.raises(UnsupportedProblemError, match="Run `flute convert"):
+        FluteQuantizationConfig().maybe_update_config(str(tmp_path))
 
 
 def test_names_follow_vllm_s_renaming():
@@ -460,30 +499,47 @@ def test_a_dense_model_is_quantised_while_it_loads(quantised, tmp_path):
     assert serve(DEMO_MODEL, tmp_path, **common, **overrides) == expected
 
 
-def test_a_layer_quantised_while_it_loads_is_that_of_the_checkpoint(ranks):
+@pytest.mark.parametrize("method", ["nf", "mse"])
+def test_a_layer_quantised_while_it_loads_is_that_of_the_checkpoint(ranks, method):
+    """Where a method fits a table, each of several ranks fits it to its part."""
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 
-    from flute.integrations.vllm_linear import FluteQuantizationConfig
+    from flute.integrations.vllm_config import FluteQuantizationConfig
 
-    request = {"quant_method": "flute", "bits": 3, "group_size": 64, "modules_to_not_convert": []}
+    request = {"quant_method": "flute", "bits": 3, "group_size": 64, "method": method}
     config = FluteQuantizationConfig.from_config(request)
     config.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
     dense = [torch.randn(64, 256, dtype=torch.bfloat16) for _ in range(3)]
-    done = [packed(flute.quantize(w, 3, 64)) for w in dense]
+    whole = [packed(flute.quantize(w, 3, 64, method=method)) for w in dense]
+
+    def half(i, dim):
+        """What rank 1 of 2 has of a weight."""
+        part = dense[i].chunk(2, dim)[1]
+        if method == "mse":
+            return packed(flute.quantize(part, 3, 64, method=method))
+        if dim == 0:
+            return rows_of(whole[i], slice(32, 64))
+        columns = {"packed": whole[i].packed[:, 12:], "scales": whole[i].scales[:, 2:]}
+        return whole[i]._replace(**columns, K=128)
+
+    ranks(0, 1)
+    alone = RowParallelLinear(
+        256, 64, prefix="l.o_proj", bias=False, quant_config=config, params_dtype=torch.bfloat16
+    )
+    alone.weight.weight_loader(alone.weight, dense[2])
+    check(alone, whole[2], 256)
     ranks(1, 2)
     common = {"bias": False, "quant_config": config, "params_dtype": torch.bfloat16}
     both = MergedColumnParallelLinear(256, [64, 64], prefix="l.gate_up_proj", **common)
     assert both.weight.device.type == "meta"
     for i in range(2):
         both.weight.weight_loader(both.weight, dense[i], i)
-    check(both, concat_weights([rows_of(w, slice(32, 64)) for w in done[:2]]), 256)
+    check(both, concat_weights([half(i, 0) for i in range(2)]), 256)
     row = RowParallelLinear(256, 64, prefix="l.down_proj", **common)
     row.weight.weight_loader(row.weight, dense[2])
-    last = done[2]
-    half = last._replace(packed=last.packed[:, 12:], scales=last.scales[:, 2:], K=128)
-    check(row, half, 128)
+    check(row, half(2, 1), 128)
     row.quant_method.process_weights_after_loading(row)  # vLLM calls it again at the end
-    check(row, half, 128)
+    check(row, half(2, 1), 128)
     ranks(0, 8)
     with pytest.raises(
         UnsupportedProblemError, match=r"`l\.down_proj`: a tensor parallel size of 8"
@@ -494,7 +550,7 @@ def test_a_layer_quantised_while_it_loads_is_that_of_the_checkpoint(ranks):
 def test_a_dense_weight_that_is_missing_or_wrong_is_named(ranks):
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 
-    from flute.integrations.vllm_linear import FluteQuantizationConfig
+    from flute.integrations.vllm_config import FluteQuantizationConfig
 
     config = FluteQuantizationConfig.from_config({"quant_method": "flute", "bits": 4})
     config.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -155,6 +156,28 @@ def test_experts_of_other_ranks_are_left_out():
     torch.testing.assert_close(out, reference(weights, x, kept, topk_ids), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_captured_graph_computes_the_block_too(size, monkeypatch):
+    """Both ways that a graph can hold; some experts' gate and up have the same table."""
+    from flute.integrations import expert_stack, vllm_experts
+
+    spec = QuantSpec(4, 64)
+    weights = random_experts(spec)
+    weights[1][1] = replace(weights[1][1], table=weights[1][0].table)
+    monkeypatch.setattr(vllm_experts, "is_captured", lambda x: True)
+    for cost in (0, 100):  # of a copy: nothing, so that experts are copied; or a lot
+        monkeypatch.setattr(expert_stack, "COPY_COST", cost)
+        x, topk_weights = torch.randn(3, H), torch.rand(3, 2)
+        topk_ids = torch.tensor([[0, 1], [3, 2], [1, 3]])
+        total = torch.zeros(3, H)
+        for rank in range(size):
+            layer = made(spec, rank, size)
+            fill(layer, weights)
+            total += layer.method.apply(layer, x, topk_weights, topk_ids)
+        expected = reference(weights, x, topk_weights, topk_ids)
+        torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-3)
+
+
 def test_what_does_not_fit_is_named():
     spec = QuantSpec(4, 64)
     weights = random_experts(spec)
@@ -172,13 +195,13 @@ def test_what_does_not_fit_is_named():
 
 
 def test_a_vllm_with_other_moe_classes_serves_dense_experts_only(monkeypatch):
-    from flute.integrations import vllm_linear
+    from flute.integrations import vllm_config
 
     class RoutedExperts(nn.Module):
         moe_config = rank_of(0, 1)
 
-    monkeypatch.setattr(vllm_linear, "vllm_experts", None)
-    make = vllm_linear.FluteQuantizationConfig.from_config
+    monkeypatch.setattr(vllm_config, "vllm_experts", None)
+    make = vllm_config.FluteQuantizationConfig.from_config
     dense = make(CheckpointConfig().to_dict())
     assert dense.get_quant_method(RoutedExperts(), NAME) is None
     skipped = make({"bits": 4, "modules_to_not_convert": ["*.experts.*"]})

@@ -179,7 +179,7 @@ def test_registering_without_vllm_does_nothing(no_vllm):
 
 def test_a_vllm_that_does_not_fit_is_a_warning(monkeypatch):
     monkeypatch.setattr(plugin, "find_spec", lambda name: object())
-    monkeypatch.setitem(sys.modules, "flute.integrations.vllm_linear", None)
+    monkeypatch.setitem(sys.modules, "flute.integrations.vllm_config", None)
     with pytest.warns(UserWarning, match="FLUTE could not register with vLLM"):
         plugin.register()
 
