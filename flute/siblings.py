@@ -2,8 +2,8 @@
 
 `share` gives such a module two hooks. While its forward runs, a scope watches the products of its
 quantised children. In the first forward it only looks on: layers that were given the same x are
-siblings. From then on the first sibling multiplies for all, in one call of the
-library, and the others take their part, the bits of which are those of a call of their own.
+siblings. From then on the first of them multiplies for all, in one call of the library, and the
+others take their part, the bits of which are those of a call of their own.
 
     enter -> q(x): one call for q, k, v -> k(x): taken -> v(x): taken -> o(y): its own -> leave
 
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.modules import module as nn_module
 
-from flute.cpu.ready import Ready, Scope, multiply_together, open_scope
+from flute.cpu.library import equal_bytes
+from flute.cpu.ready import Ready, Scope, Together, open_scope
 from flute.cpu.structures import is_by_rows
 from flute.linear import LutLinear
 
@@ -37,13 +38,29 @@ EXPIRES_S = 1.0
 """Why: an interrupt (no `Exception`) leaves a forward without its hook, so a scope open."""
 
 
+class Plan(NamedTuple):
+    """With whom a product is multiplied: nobody, if there are no followers. Kept at the product."""
+
+    siblings: Siblings
+    followers: tuple[LutLinear, ...]
+    together: Together | None
+
+
 class Part(NamedTuple):
     """The product of a layer that has not been called yet."""
 
-    ready: Ready
     out: Tensor
-    x: bytes
+    x: Tensor  # a copy
     until: float
+
+    def is_of(self, x: Tensor) -> bool:
+        """Tell whether x, of the shape and dtype of the copy, gives this product."""
+        return (
+            x.is_contiguous()
+            and equal_bytes(x, self.x)
+            and time.monotonic() < self.until
+            and self.out.is_inference() == torch.is_inference_mode_enabled()
+        )
 
 
 class Siblings:
@@ -56,92 +73,118 @@ class Siblings:
 
     def __init__(self, names: Sequence[str], kinds: Sequence[int]) -> None:
         self._names, self._kinds = tuple(names), tuple(kinds)
-        self._groups: tuple[tuple[int, ...], ...] | None = None
+        self._groups: tuple[tuple[str, ...], ...] | None = None
 
     def enter(self, module: nn.Module, _args: object) -> None:
         """Open a scope, before the module's forward."""
-        if is_compiling() or self._groups == ():
-            return
-        layers = [module._modules.get(name) for name in self._names]
-        if all(isinstance(layer, LutLinear) and layer.cpu_order for layer in layers):
-            scope = _Pass([layer for layer in layers if isinstance(layer, LutLinear)], self._groups)
+        if not is_compiling() and self._groups != ():
+            scope = _Forward(self, module)
             scope.before = open_scope(scope)
-            scope.module = module
 
     def leave(self, module: nn.Module, _args: object, _out: object) -> None:
         """Close it, after the forward or when that failed."""
-        if is_compiling():
+        if is_compiling() or self._groups == ():
             return
         scope = open_scope(None)
-        if not isinstance(scope, _Pass) or scope.module is not module:
+        if not isinstance(scope, _Forward) or scope.module is not module:
             open_scope(scope)
             return
         open_scope(scope.before)
-        if self._groups is None:
-            self._groups = scope.siblings(self._kinds)
-        elif scope.parts:
+        if scope.seen:
+            self._groups = self._group(scope.seen)
+        elif scope.parts or scope.wasted:
             self._groups = ()
 
+    def _group(self, seen: list[tuple[str, bytes]]) -> tuple[tuple[str, ...], ...]:
+        """Which layers were given the same x, in turn."""
+        groups: dict[tuple[int, bytes], dict[str, None]] = {}
+        for name, x in seen:
+            kind = self._kinds[self._names.index(name)]
+            groups.setdefault((kind, x), {})[name] = None
+        return tuple(tuple(group)[:MAX_SIBLINGS] for group in groups.values() if len(group) > 1)
 
-class _Pass:
+    def plan(self, scope: _Forward, ready: Ready, x: Tensor, parameters: object) -> Plan | None:
+        """Return with whom a layer is multiplied, None if it is not known yet."""
+        children = scope.module._modules
+        layers = {name: children.get(name) for name in self._names}
+        found = [name for name, layer in layers.items() if _parameters(layer) is parameters]
+        if not found:  # of another module
+            return None
+        if self._groups is None:
+            if _can_share(x):
+                scope.seen.append((found[0], ctypes.string_at(x.data_ptr(), x.nbytes)))
+            return None
+        group = next((group for group in self._groups if group[0] == found[0]), ())
+        followers = [layers[name] for name in group[1:]]
+        readies = [_ready_of(layer, x) for layer in followers]
+        if not followers or not _can_share(x):
+            ready.plan = Plan(self, (), None)
+            return None
+        together = [other for other in readies if other and other.environment == ready.environment]
+        if len(together) < len(followers):
+            return None
+        lut = tuple(layer for layer in followers if isinstance(layer, LutLinear))
+        ready.plan = plan = Plan(self, lut, Together([ready, *together]))
+        return plan
+
+
+class _Forward:
     """The scope of one forward."""
 
-    def __init__(self, layers: list[LutLinear], groups: tuple[tuple[int, ...], ...] | None) -> None:
-        self.before: Scope | None = None
-        self.module: nn.Module | None = None
-        self.parts: dict[int, Part] = {}
-        self._layers, self._groups = layers, groups
-        self._seen: list[tuple[int, bytes]] = []
+    __slots__ = ("before", "module", "parts", "seen", "siblings", "wasted")
 
-    def siblings(self, kinds: Sequence[int]) -> tuple[tuple[int, ...], ...] | None:
-        """Return which layers were given the same x, in turn; None if none was called."""
-        groups: dict[tuple[int, bytes], dict[int, None]] = {}
-        for i, x in self._seen:
-            groups.setdefault((kinds[i], x), {})[i] = None
-        found = tuple(tuple(group)[:MAX_SIBLINGS] for group in groups.values() if len(group) > 1)
-        return found if self._seen else None
+    def __init__(self, siblings: Siblings, module: nn.Module) -> None:
+        self.siblings, self.module = siblings, module
+        self.before: Scope | None = None
+        self.parts: dict[Ready, Part] = {}
+        self.seen: list[tuple[str, bytes]] = []
+        self.wasted = False
 
     def take(self, ready: Ready, x: Tensor, parameters: dict[str, Any]) -> Tensor | None:
         """Return the product of a layer, or None if it is to be multiplied by itself."""
-        layers, size = self._layers, x.numel() * x.itemsize
-        i = next((i for i, layer in enumerate(layers) if layer._parameters is parameters), None)
-        if i is None or size > MAX_BYTES or not x.is_contiguous():
-            return None
-        content = ctypes.string_at(x.data_ptr(), size) + bytes([torch.is_inference_mode_enabled()])
-        if self._groups is None:
-            self._seen.append((i, content))
-            return None
-        part = self.parts.get(i)
+        part = self.parts.pop(ready, None)
         if part is not None:
-            usable = part.ready is ready and part.x == content and time.monotonic() < part.until
-            return self.parts.pop(i).out if usable else None
-        group = next((group for group in self._groups if group[0] == i), ())
-        return self._multiply(group, ready, x, content) if group else None
-
-    def _multiply(
-        self, group: tuple[int, ...], ready: Ready, x: Tensor, content: bytes
-    ) -> Tensor | None:
-        """Multiply for all of a group; None if one of them wants a call of its own."""
-        readies = [ready]
-        for layer in (self._layers[i] for i in group[1:]):
-            other = _ready_of(layer, x)
-            if other is None:
+            if part.is_of(x):
+                return part.out
+            self.wasted = True
+            return None
+        plan = ready.plan
+        if not isinstance(plan, Plan) or plan.siblings is not self.siblings:
+            plan = self.siblings.plan(self, ready, x, parameters)
+        if plan is None or plan.together is None or not x.is_contiguous():
+            return None
+        followers, readies = plan.followers, plan.together.readies
+        for layer, other in zip(followers, readies[1:], strict=True):
+            if _is_watched(layer) or not other.is_of(layer._parameters):
+                ready.plan = None
                 return None
-            readies.append(other)
-        first, *outs = multiply_together(readies, x)
-        until = time.monotonic() + EXPIRES_S
-        for i, other, out in zip(group[1:], readies[1:], outs, strict=True):
-            self.parts[i] = Part(other, out, content, until)
-        return first
+        out, *outs = plan.together(x)
+        copy, until = x.clone(), time.monotonic() + EXPIRES_S
+        for other, part_out in zip(readies[1:], outs, strict=True):
+            self.parts[other] = Part(part_out, copy, until)
+        return out
 
 
-def _ready_of(layer: LutLinear, x: Tensor) -> Ready | None:
+def _can_share(x: Tensor) -> bool:
+    return x.is_contiguous() and x.nbytes <= MAX_BYTES
+
+
+def _parameters(layer: nn.Module | None) -> object:
+    return None if layer is None else layer._parameters
+
+
+def _is_watched(layer: LutLinear) -> bool:
+    """Tell whether a call of the layer may do more, before it multiplies, than multiply."""
+    hooks = layer._forward_pre_hooks or nn_module._global_forward_pre_hooks
+    return bool(hooks) or "forward" in layer.__dict__
+
+
+def _ready_of(layer: nn.Module | None, x: Tensor) -> Ready | None:
     """What multiplies x if the layer is called with it; None if something else would happen."""
-    ready = layer._ready.get((x.shape, x.dtype, x.device))
-    watched = layer._forward_pre_hooks or nn_module._global_forward_pre_hooks
-    if watched or "forward" in layer.__dict__ or not isinstance(ready, Ready):
+    if not isinstance(layer, LutLinear) or _is_watched(layer):
         return None
-    return ready if ready.holds(layer._parameters) else None
+    ready = layer._ready.get((x.shape, x.dtype, x.device))
+    return ready if isinstance(ready, Ready) and ready.is_of(layer._parameters) else None
 
 
 def share(model: nn.Module) -> int:

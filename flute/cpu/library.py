@@ -68,14 +68,22 @@ def _library() -> _Library | str:
     except FluteError as error:
         return str(error)
     functions.flute_variant_name.restype = ctypes.c_char_p
+    address = ctypes.c_void_p
+    functions.flute_equal.argtypes = (address, address, ctypes.c_size_t)
     variants: list[str] = []
     while name := functions.flute_variant_name(len(variants)):
         variants.append(name.decode())
     usable = [name for i, name in enumerate(variants) if functions.flute_variant_usable(i)]
     parallel = _torch_parallel_for()
     run = parallel or functions.flute_serial
-    address = ctypes.cast(run, ctypes.c_void_p)
-    found = (functions, tuple(variants), tuple(usable), address, parallel is not None, origin)
+    found = (
+        functions,
+        tuple(variants),
+        tuple(usable),
+        ctypes.cast(run, address),
+        parallel is not None,
+        origin,
+    )
     return _Library(*found)
 
 
@@ -379,6 +387,12 @@ def entry() -> Entry:
     library = _found()
     multiply = library.functions.flute_multiply
     return Entry(multiply, _variant_of(library), int(is_exact()), library.run)
+
+
+def equal_bytes(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two contiguous tensors of one size hold the same bytes."""
+    equal: int = _found().functions.flute_equal(a.data_ptr(), b.data_ptr(), a.nbytes)
+    return equal != 0
 
 
 def _multiply_dense(x: Tensor, weight: PackedWeight, bias: Tensor | None, exact: bool) -> Tensor:

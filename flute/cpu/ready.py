@@ -65,7 +65,6 @@ class Ready:
         "_bias",
         "_bias_at",
         "_codes",
-        "_environment",
         "_kept",
         "_moves",
         "_scales",
@@ -73,7 +72,9 @@ class Ready:
         "bias_type",
         "call",
         "dtype",
+        "environment",
         "num_tokens",
+        "plan",
         "shape",
         "weight",
     )
@@ -86,7 +87,7 @@ class Ready:
         dtype: torch.dtype,
     ) -> None:
         self._moves = Constant.moves
-        self._environment = tuple(os.environ.get(name) for name in _ENVIRONMENT)
+        self.environment = tuple(os.environ.get(name) for name in _ENVIRONMENT)
         self.call = library.entry()
         self._codes, self._scales, self._table = (parameters[name] for name in TENSOR_NAMES)
         self._bias = parameters["bias"]
@@ -94,12 +95,18 @@ class Ready:
         self.bias_type = 0 if self._bias is None else TYPES[self._bias.dtype]
         self.weight, self._kept = c_weight(weight, weight.scales.contiguous())
         self.shape, self.dtype = shape, dtype
+        self.plan: object = None  # of the scope: with whom it is multiplied
         self.num_tokens = torch.Size(shape[:-1]).numel()
 
     def holds(self, parameters: dict[str, Any]) -> bool:
         """Tell whether the layer's parameters and the environment are what it was made for."""
-        bias = parameters["bias"]
         get = os.environ.get
+        environment = (get(_ENVIRONMENT[0]), get(_ENVIRONMENT[1]))
+        return self.is_of(parameters) and environment == self.environment
+
+    def is_of(self, parameters: dict[str, Any]) -> bool:
+        """Tell whether the layer's parameters are what it was made for."""
+        bias = parameters["bias"]
         return (
             Constant.moves == self._moves
             and parameters["codes"] is self._codes
@@ -114,7 +121,6 @@ class Ready:
                     and not (bias.requires_grad and torch.is_grad_enabled())
                 )
             )
-            and (get(_ENVIRONMENT[0]), get(_ENVIRONMENT[1])) == self._environment
         )
 
     def result(self) -> tuple[Result, Tensor]:
@@ -140,24 +146,31 @@ class Ready:
         return out
 
 
-def multiply_together(readies: Sequence[Ready], x: Tensor) -> list[Tensor]:
-    """Multiply the same x by several weights, in one call of the library.
+class Together:
+    """Several products made ready, for one x, in one call of the library.
 
     Results are those of one call each, bit for bit.
 
     Args:
-        readies: that hold, for the shape and dtype of x; of the same K and spec, all by rows or
-            none; at most 16.
-        x: shape (..., K).
+        readies: for the same shape of x, dtype and environment; of the same K and spec, all by rows
+            or none; at most 16.
     """
-    weights = (Weight * len(readies))(*(ready.weight for ready in readies))
-    results = (Result * len(readies))()
-    outs = []
-    for i, ready in enumerate(readies):
-        results[i], out = ready.result()
-        outs.append(out)
-    _multiply(weights, results, len(readies), readies[0], x)
-    return outs
+
+    def __init__(self, readies: Sequence[Ready]) -> None:
+        self.readies = tuple(readies)
+        self._weights = (Weight * len(readies))(*(ready.weight for ready in readies))
+        self._results = (Result * len(readies))(*(ready.result()[0] for ready in readies))
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """Multiply x, of the shape and dtype they were made for, by each weight."""
+        results = type(self._results).from_buffer_copy(self._results)
+        outs = []
+        for ready, result in zip(self.readies, results, strict=True):
+            out = torch.empty(ready.shape, dtype=ready.dtype)
+            result.out = out.data_ptr()
+            outs.append(out)
+        _multiply(ctypes.byref(self._weights), results, len(outs), self.readies[0], x)
+        return outs
 
 
 def _multiply(weights: Any, results: Any, count: int, ready: Ready, x: Tensor) -> None:

@@ -285,3 +285,6 @@ int flute_serial(int64_t first, int64_t last, int64_t grain, range_fn run, void 
   if (first < last) run(first, last, context);
   return 0;
 }
+
+/* Whether so many bytes are the same. */
+int flute_equal(const void *a, const void *b, size_t bytes) { return !memcmp(a, b, bytes); }
