@@ -104,7 +104,14 @@ class Siblings:
         return tuple(tuple(group)[:MAX_SIBLINGS] for group in groups.values() if len(group) > 1)
 
     def plan(self, scope: _Forward, ready: Ready, x: Tensor, parameters: object) -> Plan | None:
-        """Return with whom a layer is multiplied, None if it is not known yet."""
+        """Return with whom a layer is multiplied, None if it is not known yet.
+
+        Args:
+            scope: of the module's forward that runs.
+            ready: the layer's product.
+            x: what it is given.
+            parameters: of the layer.
+        """
         children = scope.module._modules
         layers = {name: children.get(name) for name in self._names}
         found = [name for name, layer in layers.items() if _parameters(layer) is parameters]
