@@ -18,7 +18,6 @@
 #endif
 #include <immintrin.h>
 
-#define AHEAD 1024 /* bytes: how far codes are fetched before they are read */
 
 INLINE __m256 load_scales(const struct tiles *a, int64_t group, int half) {
   const uint8_t *p = a->scales + (size_t)(group * TILE + 8 * half) * element_bytes(a->scale_type);
@@ -83,7 +82,7 @@ INLINE void fixed(const struct tiles *a, float *sums, const int bits, const int 
 #pragma GCC unroll 4
         for (int v = 0; v < bits; v++) {
           w[v] = _mm256_loadu_si256((const __m256i *)(p + 64 * v));
-          if (!half) _mm_prefetch((const char *)p + 64 * v + AHEAD, _MM_HINT_T0);
+          if (!half) fetch_codes(p + 64 * v);
         }
         if (bits == 3) {
 #pragma GCC unroll 16

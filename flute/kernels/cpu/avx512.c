@@ -13,7 +13,6 @@
 #endif
 #include <immintrin.h>
 
-#define AHEAD 2048 /* bytes: how far codes are fetched before they are read; past the L2, they are read once */
 #define MOST_TOKENS 8
 
 INLINE __m512 load_scales(const struct tiles *a, int64_t group) {
@@ -80,7 +79,7 @@ INLINE void fixed(const struct tiles *a, float *sums, const int bits, const int 
       for (int v = 0; v < bits; v++) {
         w[v] = _mm512_loadu_si512(p + 64 * v);
         __asm__("" : "+v"(w[v])); /* else it is loaded again for each shift */
-        _mm_prefetch((const char *)p + 64 * v + AHEAD, _MM_HINT_NTA);
+        fetch_codes(p + 64 * v);
       }
 #pragma GCC unroll 16
       for (int i = 0; i < 16; i++) { /* codes 2i, 2i + 1; of 2 bits 16v + j, 16v + 8 + j */
@@ -124,7 +123,7 @@ INLINE void exact(const struct tiles *a, float *sums, const int bits, const int 
 #pragma GCC unroll 4
     for (int v = 0; v < bits; v++) {
       w[v] = _mm512_loadu_si512(p + 64 * v);
-      _mm_prefetch((const char *)p + 64 * v + AHEAD, _MM_HINT_NTA);
+      fetch_codes(p + 64 * v);
     }
 #pragma GCC unroll 32
     for (int i = 0; i < UNIT; i++) {

@@ -198,6 +198,17 @@ static inline void unpack_unit(const uint32_t *words, int num_bits, uint8_t code
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* Ask for the line of codes that is read some time from here: into the L2 long before, into the L1
+   just before. Why both: one thread of a Zen 4 reads 4 bits at 28 GB/s so, of the 29 that memory
+   gives; at 25 without the second, 21 with prefetchnta 2 KB ahead or none, and far less with
+   prefetcht1 2 KB ahead (M = 1, 14336 x 4096, in turns, 2026-11). */
+#define FAR_AHEAD 16384 /* bytes */
+#define NEAR_AHEAD 512
+INLINE void fetch_codes(const uint8_t *p) {
+  __builtin_prefetch(p + FAR_AHEAD, 0, 2);
+  __builtin_prefetch(p + NEAR_AHEAD, 0, 3);
+}
+
 #ifdef FLUTE_X86
 #include <cpuid.h>
 
