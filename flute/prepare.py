@@ -18,9 +18,9 @@ def prepare(model: nn.Module, *, dtype: torch.dtype | None = None, exact: bool =
     """Put the weights of a model's quantised layers into the order of kernels and compile those.
 
     Without it a layer does so at its first call. Call it before `torch.compile` and before a CUDA
-    graph is captured, where that cannot happen. `flute.from_pretrained` calls it. Layers on a
-    CPU that a module gives the same x, as q, k and v, are multiplied together from its second call
-    on.
+    graph is captured, where that cannot happen. `flute.from_pretrained` calls it. With
+    several threads, layers on a CPU that a module gives the same x, as q, k and v, are multiplied
+    together from its second call on.
 
     Args:
         model: its layers on GPUs and CPUs with kernels are changed in place; others, and those that

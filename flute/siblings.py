@@ -10,7 +10,9 @@ others take their part, the bits of which are those of a call of their own.
 A part is taken only within the same forward, by the same thread, within a second, by a layer whose
 parameters are the same and lie where they lay, and for an x of the same bytes: not the same object,
 which might have been changed. If a part is not taken, the module's layers are siblings no more.
-Modules, parameters and state dicts stay as they are. Nothing is shared while `torch.compile` looks.
+Modules, parameters and state dicts stay as they are. Nothing is shared while `torch.compile` looks,
+nor with one thread: what it saves is waking the others. A 1.1 B Llama decodes 1.14 to 1.23 times as
+fast so with two threads, .95 times with one (medians in turns, busy cores of a Zen 4, 2026-11).
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ class Siblings:
 
     def enter(self, module: nn.Module, _args: object) -> None:
         """Open a scope, before the module's forward."""
-        if not is_compiling() and self._groups != ():
+        if not is_compiling() and self._groups != () and torch.get_num_threads() > 1:
             scope = _Forward(self, module)
             scope.before = open_scope(scope)
 

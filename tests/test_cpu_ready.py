@@ -137,6 +137,15 @@ def test_a_copy_has_no_product_of_the_original():
 # ---- siblings
 
 
+@pytest.fixture
+def two_threads():
+    """With one, layers are multiplied one by one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 class Attention(nn.Module):
     """Three layers of one x, and one of their sum; counts the library's calls by `calls`."""
 
@@ -179,6 +188,7 @@ def run(module, x, calls):
     return out, list(calls)
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_siblings_are_multiplied_together_from_the_second_call_on(dtype, calls):
     module = Attention()
@@ -242,6 +252,7 @@ def hooked(module, x):
     return x
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize(
     "change",
@@ -255,6 +266,7 @@ def test_what_changes_between_siblings_counts(change, inference):
             assert torch.equal(module(plain_x.clone()), plain(plain_x.clone()))
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_parts_that_nobody_takes_end_the_sharing(calls):
     module = shared(changed_x)
     assert run(module, draw(1, K), calls)[1] == [3, 1, 1, 1]
@@ -264,6 +276,7 @@ def test_parts_that_nobody_takes_end_the_sharing(calls):
     assert torch.equal(out, alone(module, draw(1, K)))
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_a_part_lives_no_longer_than_the_forward(calls, monkeypatch):
     def fail(module, x):
         raise ValueError("stop")
@@ -285,6 +298,7 @@ def test_a_part_lives_no_longer_than_the_forward(calls, monkeypatch):
     open_scope(None)
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_siblings_of_different_kinds_go_apart(calls):
     class Mixed(nn.Module):
         def __init__(self):
@@ -305,6 +319,7 @@ def test_siblings_of_different_kinds_go_apart(calls):
         assert torch.equal(out, wanted)
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_hooks_of_siblings_run(calls):
     module, seen = shared(), []
     module.k.register_forward_hook(lambda layer, args, out: seen.append(out) or out + 1)
@@ -317,6 +332,7 @@ def test_hooks_of_siblings_run(calls):
     assert torch.equal(out, wanted)
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_copies_pickles_threads_gradients_and_offloading(calls):
     module, x = shared(), draw(1, K)
     out, counts = run(module, x, calls)
@@ -350,6 +366,7 @@ def test_copies_pickles_threads_gradients_and_offloading(calls):
     assert torch.allclose(moved, out, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_compiled_modules_of_siblings():
     module, x = shared(), draw(1, K)
     torch._dynamo.reset()
@@ -361,3 +378,10 @@ def test_compiled_modules_of_siblings():
             assert torch.equal(module(x), wanted)
     program = torch.export.export(module, (x,))
     assert torch.equal(program.module()(x), wanted)
+
+
+def test_one_thread_multiplies_layers_one_by_one(calls):
+    module = Attention()
+    flute.prepare(module)
+    for _ in range(3):
+        assert run(module, draw(1, K), calls)[1] == [1, 1, 1, 1]
