@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flute import launchers
 from flute.constant import Constant
+from flute.device import why_not
 from flute.format import TENSOR_NAMES, PackedWeight, table_per_row
 from flute.kernel_order import TILE_N
 from flute.launchers import TokensAt, takes_ranges
@@ -262,16 +263,18 @@ def make_ready(x: Tensor, weight: PackedWeight, parameters: dict[str, Any]) -> R
     """Return a product made ready, or None if `multiply` has to look at each call.
 
     Args:
-        x: fp16 or bf16, shape (..., K), on a GPU for which `flute.device.why_not` is "".
-        weight: in kernel order, on the same device.
-        parameters: of the layer whose weight it is, by name; ``bias`` is on the same device.
+        x: shape (..., K).
+        weight: in kernel order.
+        parameters: of the layer whose weight it is, by name.
 
     Raises:
         UnsupportedProblemError: a kernel had to be compiled while a CUDA graph is captured.
     """
     M, device = x.numel() // max(1, weight.K), x.device
     bias: Tensor | None = None if parameters["bias"] is None else parameters["bias"].data
-    if not M or not weight.N:
+    if not M or not weight.N or x.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    if any(p is not None and p.device != device for p in parameters.values()) or why_not(device):
         return None
     if not takes_ranges(weight.table_ends) or not weight.table.is_contiguous():
         return None

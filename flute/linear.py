@@ -20,6 +20,8 @@ from torch.nn.modules import module
 from flute.concat import concat_weights
 from flute.constant import Constant
 from flute.cpu import library as cpu
+from flute.cpu.ready import Ready as CpuReady
+from flute.cpu.ready import make_ready as make_cpu_ready
 from flute.cuda import Ready, make_ready
 from flute.device import warn_slow, why_not
 from flute.errors import FormatError
@@ -89,7 +91,7 @@ class LutLinear(nn.Module):
         self.table_ends = tuple(table_ends)
         """Where each range of rows with a table of its own ends; else empty."""
         self._settled = False  # whether the order suits the device
-        self._ready: dict[tuple[object, ...], Ready] = {}
+        self._ready: dict[tuple[object, ...], Ready | CpuReady] = {}
         N, K, num_tables = out_features, in_features, len(self.table_ends)
         if table_per_row and num_tables:
             raise FormatError("`table_per_row` and `table_ends` were given; expected one of them.")
@@ -191,7 +193,7 @@ class LutLinear(nn.Module):
         if not is_dynamo_compiling() and is_plain_call(x, self.bias):
             if not self._settled:
                 self._settle(x)
-            out = self._run_ready(x) if self.kernel_order else None
+            out = self._run_ready(x) if self.kernel_order or self.cpu_order else None
             if out is not None:
                 return out
         elif not self._settled and is_dynamo_compiling():
@@ -204,24 +206,23 @@ class LutLinear(nn.Module):
 
     def _run_ready(self, x: Tensor) -> Tensor | None:
         """Run the product that is ready for the shape and dtype of x; make it if there is none."""
+        parameters = self._parameters
         ready = self._ready.get((x.shape, x.dtype, x.device))
-        out = None if ready is None else ready(x, self._parameters)
+        out = None if ready is None else ready(x, parameters)
         if out is not None:
             return out
-        device, weight, parameters = x.device, self.packed_weight(), self._parameters
-        if (
-            x.numel() > _READY_M * self.in_features
-            or x.dtype not in (torch.float16, torch.bfloat16)
-            or any(p is not None and p.device != device for p in parameters.values())
-            or why_not(device)
-        ):
+        weight = self.packed_weight()
+        if self.cpu_order:
+            ready = make_cpu_ready(x, weight, parameters)
+        elif x.numel() > _READY_M * self.in_features:
             return None
-        ready = make_ready(x, weight, parameters)
+        else:
+            ready = make_ready(x, weight, parameters)
         if ready is None:
             return None
         if len(self._ready) >= _MAX_READY:
             self._ready.clear()
-        self._ready[x.shape, x.dtype, device] = ready
+        self._ready[x.shape, x.dtype, x.device] = ready
         return ready(x, parameters)
 
     def packed_weight(self) -> PackedWeight:

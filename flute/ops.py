@@ -25,6 +25,7 @@ from torch.compiler import is_dynamo_compiling
 
 from flute import cuda, reference
 from flute.cpu import library as cpu
+from flute.cpu.structures import is_by_rows
 from flute.device import gpu_of, warn_unprepared, why_not
 from flute.errors import FormatError, UnsupportedProblemError
 from flute.format import SCALE_DTYPES, PackedWeight, QuantSpec, check_scales, check_table
@@ -245,7 +246,7 @@ def _cpu_weight(
 ) -> PackedWeight:
     """Check a weight's tensors in CPU order."""
     check_table(table, N, spec, ends)
-    shapes = cpu.order_shapes(N, K, spec, cpu.is_by_rows(table.shape[0], ends))
+    shapes = cpu.order_shapes(N, K, spec, is_by_rows(table.shape[0], ends))
     if (tuple(packed.shape), tuple(scales.shape)) != shapes:
         raise FormatError(
             f"`packed` and `scales` have shapes {tuple(packed.shape)} and {tuple(scales.shape)}; "

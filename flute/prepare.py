@@ -11,13 +11,16 @@ from torch import nn
 from flute.config import Problem
 from flute.linear import LutLinear
 from flute.precompile import compile_kernels, prepared_problem
+from flute.siblings import share
 
 
 def prepare(model: nn.Module, *, dtype: torch.dtype | None = None, exact: bool = False) -> int:
     """Put the weights of a model's quantised layers into the order of kernels and compile those.
 
     Without it a layer does so at its first call. Call it before `torch.compile` and before a CUDA
-    graph is captured, where that cannot happen. `flute.from_pretrained` calls it.
+    graph is captured, where that cannot happen. `flute.from_pretrained` calls it. With
+    several threads, layers on a CPU that a module gives the same x, as q, k and v, are multiplied
+    together from its second call on.
 
     Args:
         model: its layers on GPUs and CPUs with kernels are changed in place; others, and those that
@@ -44,6 +47,8 @@ def prepare(model: nn.Module, *, dtype: torch.dtype | None = None, exact: bool =
     on_cpu = [m for m in model.modules() if isinstance(m, LutLinear) and m.takes_cpu_kernels()]
     for layer in on_cpu:
         layer.to_cpu_order(exact)
+    if on_cpu:
+        share(model)
     for device, wanted in problems.items():
         with _Progress() as progress:
             compile_kernels(wanted, device, progress.report)

@@ -7,6 +7,8 @@ import hashlib
 import platform
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -265,6 +267,34 @@ def test_the_library_needs_nothing_of_python_or_torch(tmp_path):
         }.items()
         for name in (*names, "arm_neon")
     }
+
+
+def run_variants(command: list[str], run: list[str], folder: Path) -> str:
+    """Compile `cpu_variants.c` with the kernels, run it, and return what it prints."""
+    program = folder / "variants"
+    sources = [str(ROOT / "tests" / "cpu_variants.c"), *map(str, build.KERNELS.glob("*.c"))]
+    include = ["-I", str(build.KERNELS), "-lm", "-o", str(program)]
+    subprocess.run([*command, *targets.OPTIONS, *sources, *include], check=True)
+    done = subprocess.run([*run, str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@needs_compiler
+def test_random_problems_by_all_variants_in_c(tmp_path):
+    out = run_variants(build.compiler(), [], tmp_path)
+    assert out.endswith(" products, 0 failures\n")
+    assert "scalar" in out
+
+
+def test_random_problems_on_an_emulated_arm(tmp_path):
+    """By NEON, where zig can compile for it and qemu run it: no ARM is needed."""
+    pytest.importorskip("ziglang")
+    emulator = next(filter(None, map(shutil.which, ("qemu-aarch64-static", "qemu-aarch64"))), None)
+    if emulator is None:
+        pytest.skip("no qemu-aarch64 on PATH")
+    zig = [sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-musl", "-static"]
+    assert run_variants(zig, [emulator], tmp_path).startswith("neon scalar ")
 
 
 def test_importing_the_layer_loads_no_compiler():

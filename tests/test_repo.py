@@ -31,7 +31,7 @@ LAYERS = (
     ("concat", "cuda", "precompile"),
     ("ops", "operands"),
     ("linear", "tune", "calibration", "experts"),
-    ("training",),
+    ("training", "siblings"),
     ("blockwise",),
     ("checkpoint",),
     ("rotation",),

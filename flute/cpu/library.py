@@ -27,11 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flute.cpu.structures import TILE_N, TYPES, Result, Tokens, Weight, c_weight, is_by_rows
 from flute.errors import FluteError, UnsupportedProblemError
 from flute.format import PackedWeight, QuantSpec
 
-TILE_N = 16
-"""Rows of a tile."""
 UNIT_K = 32
 """K is padded to a multiple of this."""
 HEADER = 192
@@ -48,40 +47,6 @@ SLICE_BYTES = 1 << 23
 EXACT_ENVIRONMENT = "FLUTE_CPU_EXACT"
 VARIANT_ENVIRONMENT = "FLUTE_CPU_VARIANT"
 _LARGE_PAGE = 2 << 20
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-class _Weight(ctypes.Structure):
-    _fields_ = (
-        ("codes", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("tables", ctypes.c_void_p),
-        ("ends", ctypes.c_void_p),
-        ("N", ctypes.c_int64),
-        ("K", ctypes.c_int64),
-        ("group", ctypes.c_int64),
-        ("num_tables", ctypes.c_int64),
-        ("num_bits", ctypes.c_int32),
-        ("scale_type", ctypes.c_int32),
-        ("by_rows", ctypes.c_int32),
-    )
-
-
-class _Tokens(ctypes.Structure):
-    _fields_ = (
-        ("x", ctypes.c_void_p),
-        ("M", ctypes.c_int64),
-        ("x_stride", ctypes.c_int64),
-        ("x_type", ctypes.c_int32),
-    )
-
-
-class _Result(ctypes.Structure):
-    _fields_ = (
-        ("bias", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("bias_type", ctypes.c_int32),
-    )
 
 
 class _Library(NamedTuple):
@@ -103,14 +68,22 @@ def _library() -> _Library | str:
     except FluteError as error:
         return str(error)
     functions.flute_variant_name.restype = ctypes.c_char_p
+    address = ctypes.c_void_p
+    functions.flute_equal.argtypes = (address, address, ctypes.c_size_t)
     variants: list[str] = []
     while name := functions.flute_variant_name(len(variants)):
         variants.append(name.decode())
     usable = [name for i, name in enumerate(variants) if functions.flute_variant_usable(i)]
     parallel = _torch_parallel_for()
     run = parallel or functions.flute_serial
-    address = ctypes.cast(run, ctypes.c_void_p)
-    found = (functions, tuple(variants), tuple(usable), address, parallel is not None, origin)
+    found = (
+        functions,
+        tuple(variants),
+        tuple(usable),
+        ctypes.cast(run, address),
+        parallel is not None,
+        origin,
+    )
     return _Library(*found)
 
 
@@ -198,13 +171,6 @@ def is_exact() -> bool:
     return os.environ.get(EXACT_ENVIRONMENT, "") not in ("", "0")
 
 
-def is_by_rows(num_tables: int, table_ends: Sequence[int]) -> bool:
-    """Tell whether tables change within a tile, so that rows keep the order they are stored in."""
-    if table_ends:
-        return any(end % TILE_N for end in table_ends[:-1])
-    return num_tables > 1
-
-
 def order_shapes(
     N: int, K: int, spec: QuantSpec, by_rows: bool
 ) -> tuple[tuple[int], tuple[int, ...]]:
@@ -231,18 +197,6 @@ def _found() -> _Library:
 
 def _variant_of(library: _Library) -> int:
     return library.variants.index(variant() or library.usable[0])
-
-
-def _weight(weight: PackedWeight, scales: Tensor) -> tuple[_Weight, tuple[Any, ...]]:
-    """The C structure, and what must live as long as it."""
-    packed, _, table, spec, N, K, ends = weight
-    table, packed = table.contiguous(), packed.contiguous()
-    c_ends = (ctypes.c_int64 * len(ends))(*ends) if ends else None
-    by_rows = is_by_rows(table.shape[0], ends)
-    numbers = (N, K, spec.group_length(K), table.shape[0], spec.num_bits, _TYPES[scales.dtype])
-    at_ends = ctypes.addressof(c_ends) if c_ends is not None else None
-    addresses = (packed.data_ptr(), scales.data_ptr(), table.data_ptr(), at_ends)
-    return _Weight(*addresses, *numbers, by_rows), (packed, scales, table, c_ends)
 
 
 def _check(error: int) -> None:
@@ -282,7 +236,7 @@ def order(weight: PackedWeight, exact: bool = False) -> tuple[Tensor, Tensor]:
     code_shape, scale_shape = order_shapes(weight.N, weight.K, weight.spec, by_rows)
     codes = _large_pages(code_shape[0])
     ordered = torch.zeros(scale_shape, dtype=scales.dtype)
-    stored, _kept = _weight(weight, scales)
+    stored, _kept = c_weight(weight, scales)
     out = (ctypes.c_void_p(codes.data_ptr()), ctypes.c_void_p(ordered.data_ptr()))
     place = (*out, ctypes.c_int64(codes.numel()))
     _check(library.functions.flute_order(ctypes.byref(stored), *place, int(exact), library.run))
@@ -308,10 +262,10 @@ def restore(weight: PackedWeight) -> PackedWeight:
     codes = torch.empty(weight.N, spec.num_words(weight.K), dtype=torch.int32)
     scales = torch.empty(weight.N, spec.num_groups(weight.K), dtype=weight.scales.dtype)
     stored = weight._replace(packed=codes, scales=scales)
-    c_weight, _kept = _weight(stored, scales)
+    structure, _kept = c_weight(stored, scales)
     ordered = (weight.packed.contiguous(), weight.scales.contiguous())
     addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in ordered]
-    _check(library.functions.flute_restore(ctypes.byref(c_weight), *addresses, library.run))
+    _check(library.functions.flute_restore(ctypes.byref(structure), *addresses, library.run))
     return stored
 
 
@@ -330,15 +284,15 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 def _dequantize_into(out: Tensor, weight: PackedWeight, first: int) -> None:
     """Fill ``out`` (rows, K) with the rows from ``first`` on."""
     library = _found()
-    c_weight, _kept = _weight(weight, weight.scales.contiguous())
+    structure, _kept = c_weight(weight, weight.scales.contiguous())
     bounds = (ctypes.c_int64(first), ctypes.c_int64(first + out.shape[0]))
     at = ctypes.c_void_p(out.data_ptr())
     dequantise = library.functions.flute_dequantise
     _check(
         dequantise(
-            ctypes.byref(c_weight),
+            ctypes.byref(structure),
             *bounds,
-            _TYPES[out.dtype],
+            TYPES[out.dtype],
             at,
             _variant_of(library),
             library.run,
@@ -389,36 +343,56 @@ def multiply_all(
     outs = [x.new_empty(M, weight.N) for weight in weights]
     if not M:
         return outs
-    library = _found()
     if x.stride(1) != 1:
         x = x.contiguous()
-    filled = [_weight(weight, weight.scales.contiguous()) for weight in weights]
-    c_weights = (_Weight * len(filled))(*(c_weight for c_weight, _ in filled))
+    filled = [c_weight(weight, weight.scales.contiguous()) for weight in weights]
+    c_weights = (Weight * len(filled))(*(structure for structure, _ in filled))
     dense_biases = [
-        None if b is None else (b if b.dtype in _TYPES else b.float()).contiguous() for b in biases
+        None if b is None else (b if b.dtype in TYPES else b.float()).contiguous() for b in biases
     ]
-    results = (_Result * len(filled))()
+    results = (Result * len(filled))()
     for result, bias in zip(results, dense_biases, strict=True):
         if bias is not None:
-            result.bias, result.bias_type = bias.data_ptr(), _TYPES[bias.dtype]
-    row_bytes, x_at, stride = x.dtype.itemsize, x.data_ptr(), x.stride(0)
+            result.bias, result.bias_type = bias.data_ptr(), TYPES[bias.dtype]
+    row_bytes, x_at, stride, call = x.dtype.itemsize, x.data_ptr(), x.stride(0), entry()
     for first in range(0, M, MAX_M):
         for result, out in zip(results, outs, strict=True):
             result.out = out.data_ptr() + first * out.shape[1] * row_bytes
         at = x_at + first * stride * row_bytes
-        tokens = _Tokens(at, min(MAX_M, M - first), stride, _TYPES[x.dtype])
-        _check(
-            library.functions.flute_multiply(
-                c_weights,
-                results,
-                len(filled),
-                ctypes.byref(tokens),
-                _variant_of(library),
-                int(exact),
-                library.run,
-            )
-        )
+        tokens = Tokens(at, min(MAX_M, M - first), stride, TYPES[x.dtype])
+        call(c_weights, results, len(filled), ctypes.byref(tokens))
     return outs
+
+
+class Entry(NamedTuple):
+    """The library's product as the environment wants it now: which variant, whether exact."""
+
+    multiply: Any
+    variant: int
+    exact: int
+    run: ctypes.c_void_p
+
+    def __call__(self, weights: Any, results: Any, count: int, tokens: Any) -> None:
+        """Multiply 1 to `MAX_M` tokens by several weights: C structures, by reference."""
+        numbers = (self.variant, self.exact, self.run)
+        _check(self.multiply(weights, results, count, tokens, *numbers))
+
+
+def entry() -> Entry:
+    """Return the library's product.
+
+    Raises:
+        UnsupportedProblemError: there is no library; the message says why.
+    """
+    library = _found()
+    multiply = library.functions.flute_multiply
+    return Entry(multiply, _variant_of(library), int(is_exact()), library.run)
+
+
+def equal_bytes(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two contiguous tensors of one size hold the same bytes."""
+    equal: int = _found().functions.flute_equal(a.data_ptr(), b.data_ptr(), a.nbytes)
+    return equal != 0
 
 
 def _multiply_dense(x: Tensor, weight: PackedWeight, bias: Tensor | None, exact: bool) -> Tensor:

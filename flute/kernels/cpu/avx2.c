@@ -6,7 +6,7 @@
        3 bits   low and high bytes of 8 entries fit one table: a code is its own index, and the index
                 + 8 in the byte above; a word is then a row's pair of codes
 
-   The activations of 4 and 2 bits are in that order too (`transposed`), so a vector of words meets a
+   The activations of 4 and 2 bits are in that order too (BY_BYTES), so a vector of words meets a
    broadcast of four. Unpacked vectors hold rows 0 1 | 4 5 and 2 3 | 6 7; a horizontal addition at the
    end of a block puts rows in order. */
 #include "lut.h"
@@ -18,7 +18,6 @@
 #endif
 #include <immintrin.h>
 
-#define AHEAD 1024 /* bytes: how far codes are fetched before they are read */
 
 INLINE __m256 load_scales(const struct tiles *a, int64_t group, int half) {
   const uint8_t *p = a->scales + (size_t)(group * TILE + 8 * half) * element_bytes(a->scale_type);
@@ -78,12 +77,12 @@ INLINE void fixed(const struct tiles *a, float *sums, const int bits, const int 
       for (int m = 0; m < tokens; m++) sum[m][0] = sum[m][1] = _mm256_setzero_si256();
       for (int64_t k = first; k < last; k += UNIT) {
         const uint8_t *p = a->codes + (size_t)k * 2 * bits + 32 * half;
-        const int16_t *x = a->fixed_x + k;
+        const int16_t *x = a->fixed_x + k * tokens;
         __m256i w[4];
 #pragma GCC unroll 4
         for (int v = 0; v < bits; v++) {
           w[v] = _mm256_loadu_si256((const __m256i *)(p + 64 * v));
-          if (!half) _mm_prefetch((const char *)p + 64 * v + AHEAD, _MM_HINT_T0);
+          if (!half) fetch_codes(p + 64 * v);
         }
         if (bits == 3) {
 #pragma GCC unroll 16
@@ -96,7 +95,7 @@ INLINE void fixed(const struct tiles *a, float *sums, const int bits, const int 
 #pragma GCC unroll 4
             for (int m = 0; m < tokens; m++) {
               int32_t pair;
-              memcpy(&pair, x + m * a->padded_K + 2 * i, 4);
+              memcpy(&pair, x + m * UNIT + 2 * i, 4);
               __m256i product = _mm256_madd_epi16(values, _mm256_set1_epi32(pair));
               sum[m][i & 1] = _mm256_add_epi32(sum[m][i & 1], product);
             }
@@ -116,7 +115,7 @@ INLINE void fixed(const struct tiles *a, float *sums, const int bits, const int 
 #pragma GCC unroll 4
             for (int m = 0; m < tokens; m++) {
               int64_t four;
-              memcpy(&four, x + m * a->padded_K + 4 * (planes * i + c), 8);
+              memcpy(&four, x + m * UNIT + 4 * (planes * i + c), 8);
               __m256i xs = _mm256_set1_epi64x(four);
               sum[m][0] = _mm256_add_epi32(sum[m][0], _mm256_madd_epi16(one, xs));
               sum[m][1] = _mm256_add_epi32(sum[m][1], _mm256_madd_epi16(two, xs));
@@ -193,7 +192,7 @@ static int usable(void) {
          system_saves(0x06);
 }
 
-const struct variant flute_avx2 = {.name = "avx2", .usable = usable, .max_tokens = MOST_TOKENS, .transposed = 1,
+const struct variant flute_avx2 = {.name = "avx2", .usable = usable, .max_tokens = MOST_TOKENS, .order = BY_BYTES,
     .fixed = any_fixed, .exact = any_exact, .dense = any_dense, .token = any_token, .nearest = any_nearest,
     .halves = NULL};
 #else

@@ -1,8 +1,9 @@
 /* One tile by AVX-512 with VNNI. Lane r of a vector is row r; a lookup is one permutation of words,
-   vpermw (2 bits: vpermd of pairs), and vpdpwssd multiplies two codes by two activations a lane.
+   vpermw, and vpdpwssd multiplies two codes by two activations a lane.
 
-   vpermw looks at the low 5 bits of an index and vpermd at 4, so a table repeated over all its 32
-   entries (pairs: 16) needs no masking. */
+   vpermw looks at the low 5 bits of an index, so a table repeated over all its 32 entries needs no
+   masking, and of 2 bits an index holds two codes: a second table, of its bits 2 and 3, saves every
+   other shift. The halves of a word of 2 bits hold codes 8 apart, so activations are paired so. */
 #include "lut.h"
 #ifdef FLUTE_X86
 #ifdef __clang__
@@ -12,7 +13,6 @@
 #endif
 #include <immintrin.h>
 
-#define AHEAD 2048 /* bytes: how far codes are fetched before they are read; past the L2, they are read once */
 #define MOST_TOKENS 8
 
 INLINE __m512 load_scales(const struct tiles *a, int64_t group) {
@@ -39,11 +39,17 @@ INLINE __m512i code_of(const __m512i w[4], const int bits, const int i) {
   return _mm512_srli_epi32(last_codes(w), 16 * (i & 1));
 }
 
-INLINE __m512i fixed_table_of(const struct tiles *a, int bits) {
-  int16_t entries[32];
-  for (int i = 0; i < 32; i++)
-    entries[i] = a->fixed_table[bits == 2 ? (i & 1 ? i / 2 >> 2 : i / 2 & 3) : i & ((1 << bits) - 1)];
-  return _mm512_loadu_si512(entries);
+/* The table for an index whose code starts at bit `first` of its 5 bits: entry i is that of the code
+   in i >> first. */
+INLINE __m512i fixed_table_of(const struct tiles *a, const int bits, const int first) {
+  static const int16_t by_upper_bits[32] = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3,
+                                            0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+  int64_t four;
+  if (bits == 4) return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)a->fixed_table));
+  if (bits == 3) return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)a->fixed_table));
+  memcpy(&four, a->fixed_table, 8);
+  __m512i table = _mm512_set1_epi64(four);
+  return first ? _mm512_permutexvar_epi16(_mm512_loadu_si512(by_upper_bits), table) : table;
 }
 
 /* Why one tile at a time: of two, read in turns, this CPU's prefetchers keep up less well (Zen 4: 23
@@ -51,12 +57,12 @@ INLINE __m512i fixed_table_of(const struct tiles *a, int bits) {
 INLINE void fixed(const struct tiles *a, float *sums, const int bits, const int tokens) {
   const int chains = tokens == 1 ? 4 : tokens == 2 ? 2 : 1;
   const int pairs = bits == 3 ? 5 : bits == 4 ? 4 : 8; /* lookups of a vector */
-  const __m512i table = fixed_table_of(a, bits);
+  const __m512i tables[2] = {fixed_table_of(a, bits, 0), fixed_table_of(a, bits, bits == 2 ? 2 : 0)};
   const int64_t blocks = (a->padded_K + a->block - 1) / a->block;
   const uint8_t *p = a->codes;
-  __m512 total[8], scales = _mm512_setzero_ps();
+  __m512 scales = _mm512_setzero_ps();
   int64_t next = 0, group = 0;
-  for (int m = 0; m < tokens; m++) total[m] = _mm512_setzero_ps();
+  for (int m = 0; m < tokens; m++) _mm512_storeu_ps(sums + m * TILE, _mm512_setzero_ps());
   for (int64_t b = 0, k = 0; b < blocks; b++) {
     const int64_t last = k + a->block < a->padded_K ? k + a->block : a->padded_K;
     if (k == next) {
@@ -67,28 +73,27 @@ INLINE void fixed(const struct tiles *a, float *sums, const int bits, const int 
     for (int m = 0; m < tokens; m++)
       for (int c = 0; c < chains; c++) sum[m][c] = _mm512_setzero_si512();
     for (; k < last; k += UNIT, p += 64 * bits) {
-      const int16_t *x = a->fixed_x + k;
+      const int16_t *x = a->fixed_x + k * tokens;
       __m512i w[4];
 #pragma GCC unroll 4
       for (int v = 0; v < bits; v++) {
         w[v] = _mm512_loadu_si512(p + 64 * v);
         __asm__("" : "+v"(w[v])); /* else it is loaded again for each shift */
-        _mm_prefetch((const char *)p + 64 * v + AHEAD, _MM_HINT_NTA);
+        fetch_codes(p + 64 * v);
       }
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; i++) { /* codes 2i, 2i + 1 */
+      for (int i = 0; i < 16; i++) { /* codes 2i, 2i + 1; of 2 bits 16v + j, 16v + 8 + j */
         __m512i index = bits == 3 && i == 15 ? last_codes(w) : w[i / pairs];
         const int j = i % pairs;
         if (bits == 2)
-          index = j ? _mm512_srli_epi32(index, 4 * j) : index;
+          index = j > 1 ? _mm512_srli_epi16(index, 4 * (j / 2)) : index;
         else if (j && !(bits == 3 && i == 15))
           index = _mm512_srli_epi16(index, bits * j);
-        __m512i values = bits == 2 ? _mm512_permutexvar_epi32(index, table)
-                                   : _mm512_permutexvar_epi16(index, table);
+        __m512i values = _mm512_permutexvar_epi16(index, tables[bits == 2 ? j & 1 : 0]);
 #pragma GCC unroll 8
         for (int m = 0; m < tokens; m++) {
           int32_t pair;
-          memcpy(&pair, x + m * a->padded_K + 2 * i, 4);
+          memcpy(&pair, x + m * UNIT + 2 * i, 4);
           __m512i *s = &sum[m][i % chains];
           *s = _mm512_dpwssd_epi32(*s, values, _mm512_set1_epi32(pair));
         }
@@ -98,10 +103,10 @@ INLINE void fixed(const struct tiles *a, float *sums, const int bits, const int 
       __m512i s = sum[m][0];
       for (int c = 1; c < chains; c++) s = _mm512_add_epi32(s, sum[m][c]);
       __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(s), _mm512_set1_ps(a->x_unit[m * blocks + b]));
-      total[m] = _mm512_add_ps(total[m], _mm512_mul_ps(part, scales));
+      __m512 total = _mm512_loadu_ps(sums + m * TILE); /* in memory: registers are for sum */
+      _mm512_storeu_ps(sums + m * TILE, _mm512_add_ps(total, _mm512_mul_ps(part, scales)));
     }
   }
-  for (int m = 0; m < tokens; m++) _mm512_storeu_ps(sums + m * TILE, total[m]);
 }
 
 INLINE void exact(const struct tiles *a, float *sums, const int bits, const int tokens) {
@@ -118,7 +123,7 @@ INLINE void exact(const struct tiles *a, float *sums, const int bits, const int 
 #pragma GCC unroll 4
     for (int v = 0; v < bits; v++) {
       w[v] = _mm512_loadu_si512(p + 64 * v);
-      _mm_prefetch((const char *)p + 64 * v + AHEAD, _MM_HINT_NTA);
+      fetch_codes(p + 64 * v);
     }
 #pragma GCC unroll 32
     for (int i = 0; i < UNIT; i++) {
@@ -242,7 +247,7 @@ static int usable(void) {
   return (features(LEAF7_B) & (f | bw | vl)) == (f | bw | vl) && features(LEAF7_C) & vnni && system_saves(0xE6);
 }
 
-const struct variant flute_avx512 = {.name = "avx512", .usable = usable, .max_tokens = MOST_TOKENS, .transposed = 0,
+const struct variant flute_avx512 = {.name = "avx512", .usable = usable, .max_tokens = MOST_TOKENS, .order = BY_HALVES,
     .fixed = any_fixed, .exact = any_exact, .dense = any_dense, .token = any_token, .nearest = any_nearest,
     .halves = any_halves};
 #else

@@ -66,19 +66,39 @@ static int fit_table(const float *table, int entries, const uint8_t *header, int
   return lost <= TABLE_TOLERANCE * TABLE_TOLERANCE * norm;
 }
 
-/* Codes of a unit in the order of a variant that shuffles bytes; see avx2.c. */
-static void order_x(int16_t *x, int num_bits) {
-  static const uint8_t four[8] = {0, 4, 1, 5, 2, 6, 3, 7};
-  int16_t unit[UNIT];
-  if (num_bits == 3) return;
-  memcpy(unit, x, sizeof unit);
-  for (int i = 0; i < UNIT; i++)
-    x[i] = num_bits == 4 ? unit[i / 8 * 8 + four[i % 8]] : unit[i / 16 * 16 + i % 4 * 4 + i % 16 / 4];
+INLINE void interleave(const int16_t *from, int16_t *to, const int half) {
+  for (int i = 0; i < half; i++) {
+    to[2 * i] = from[i];
+    to[2 * i + 1] = from[half + i];
+  }
 }
 
-static void finish(const struct product *p, int64_t m, int64_t n, float sum) {
-  if (p->r->bias) sum += load(p->r->bias, n, p->r->bias_type);
-  store(p->r->out, m * p->w->N + n, p->call->t->x_type, sum);
+/* Activations of a unit in the order of a variant: by bytes (avx2.c), or, of 2 bits, by the halves of
+   a word, which are codes 8 apart (avx512.c). */
+INLINE void order_x(const int16_t *from, int16_t *to, int num_bits, enum x_order order) {
+  if (order == AS_CODES || num_bits == 3 || (num_bits == 4 && order == BY_HALVES)) {
+    memcpy(to, from, UNIT * sizeof *to);
+  } else if (num_bits == 4) {
+    for (int v = 0; v < UNIT; v += 8) interleave(from + v, to + v, 4);
+  } else if (order == BY_HALVES) {
+    for (int v = 0; v < UNIT; v += 16) interleave(from + v, to + v, 8);
+  } else {
+    for (int i = 0; i < UNIT; i++) to[i] = from[i / 16 * 16 + i % 4 * 4 + i % 16 / 4];
+  }
+}
+
+/* Write rows [n, n + rows) of token m, at most a tile: sums * factor + bias. */
+static void finish(const struct product *p, int64_t m, int64_t n, int rows, const float *sums, float factor) {
+  const int type = p->call->t->x_type;
+  float values[TILE];
+  uint16_t halves[TILE];
+  char *out = (char *)p->r->out + (size_t)(m * p->w->N + n) * element_bytes(type);
+  for (int r = 0; r < rows; r++) values[r] = sums[r] * factor;
+  if (p->r->bias)
+    for (int r = 0; r < rows; r++) values[r] += load(p->r->bias, n + r, p->r->bias_type);
+  if (type == F32) { memcpy(out, values, (size_t)rows * 4); return; }
+  for (int r = 0; r < rows; r++) halves[r] = type == BF16 ? to_bf16(values[r]) : to_f16(values[r]);
+  memcpy(out, halves, (size_t)rows * 2);
 }
 
 static int64_t table_of_row(const struct weight *w, int64_t n) {
@@ -87,6 +107,9 @@ static int64_t table_of_row(const struct weight *w, int64_t n) {
   while (w->ends[range] <= n) range++;
   return range;
 }
+
+/* Tokens of a pass for so many: those past the last are zero. */
+static int pass_tokens(int now) { return now > 4 ? 8 : now > 2 ? 4 : now; }
 
 static void multiply_tile(const struct product *p, int64_t tile) {
   const struct call *c = p->call;
@@ -99,9 +122,9 @@ static void multiply_tile(const struct product *p, int64_t tile) {
   a.fixed_table = p->fixed + 16 * table;
   const int64_t blocks = (a.padded_K + a.block - 1) / a.block;
   const int use_fixed = c->any_fit && unit >= 0;
+  const int rows = p->w->N - tile * TILE < TILE ? (int)(p->w->N - tile * TILE) : TILE;
   for (int64_t first = 0; first < M; first += most) {
-    int now = (int)(M - first < most ? M - first : most);
-    int tokens = now > 4 ? 8 : now > 2 ? 4 : now; /* those past the last are zero */
+    const int now = (int)(M - first < most ? M - first : most), tokens = pass_tokens(now);
     struct tiles part = a;
     part.x += first * a.padded_K;
     part.fixed_x += first * a.padded_K;
@@ -111,10 +134,7 @@ static void multiply_tile(const struct product *p, int64_t tile) {
       (kind == 0 ? c->v->fixed : c->v->exact)(&part, tokens, sums);
       for (int m = 0; m < now; m++) {
         if ((kind == 0) != (use_fixed && c->fits[first + m])) continue;
-        for (int r = 0; r < TILE && tile * TILE + r < p->w->N; r++) {
-          float sum = sums[m * TILE + r];
-          finish(p, first + m, tile * TILE + r, kind == 0 ? sum * unit : sum);
-        }
+        finish(p, first + m, tile * TILE, rows, sums + m * TILE, kind == 0 ? unit : 1);
       }
     }
   }
@@ -193,7 +213,7 @@ INLINE void multiply_row(const struct product *p, int64_t n, const int num_bits)
     if (use_fixed && p->call->fits[m]) total = fixed_sum[m] * p->table_unit[table];
     else
       for (int j = 0; j < 16; j++) total += sum[m][j];
-    finish(p, m, n, total);
+    finish(p, m, n, 1, &total, 1);
   }
 }
 
@@ -238,13 +258,15 @@ int flute_multiply(const struct weight *weights, const struct result *results, i
   size_t T = 0;
   int64_t parts = 0;
   for (int i = 0; i < count; i++) T += (size_t)weights[i].num_tables;
-  const size_t x_bytes = tokens * (size_t)K * 6 + tokens * (size_t)blocks * 4;
+  const int by_rows = w->by_rows, bits = w->num_bits;
+  const size_t x_bytes = (tokens * 6 + 2) * (size_t)K + tokens * (size_t)blocks * 4;
   float *memory = calloc(1, x_bytes + T * (64 + 32 + 4) + (size_t)count * sizeof(struct product));
   if (!memory) return 1;
   struct product *products = (struct product *)memory;
   float *tables = (float *)(products + count), *table_unit = tables + 16 * T, *x = table_unit + T;
   float *unit = x + tokens * (size_t)K;
-  int16_t *fixed_x = (int16_t *)(unit + tokens * (size_t)blocks), *fixed = fixed_x + tokens * (size_t)K;
+  int16_t *fixed_x = (int16_t *)(unit + tokens * (size_t)blocks), *one = fixed_x + tokens * (size_t)K;
+  int16_t *fixed = one + K; /* of the tables; `one`: a token in fixed point */
   struct call call = {.t = t, .v = v, .products = products, .count = count, .all_fit = 1};
   for (int i = 0; i < count; i++) {
     w = weights + i;
@@ -264,13 +286,17 @@ int flute_multiply(const struct weight *weights, const struct result *results, i
   }
   const size_t size = element_bytes(t->x_type);
   for (int64_t m = 0; m < t->M; m++) {
-    int16_t *row = fixed_x + m * K;
+    int16_t *row = by_rows ? fixed_x + m * K : one;
     const char *from = (const char *)t->x + (size_t)(m * t->x_stride) * size;
+    if (m && !by_rows) memset(row, 0, (size_t)K * 2);
     call.fits[m] = v->token(&products->tiles, from, t->x_type, x + m * K, row, unit + m * blocks) && !exact;
     call.any_fit |= call.fits[m];
     call.all_fit &= call.fits[m];
-    if (v->transposed && !w->by_rows)
-      for (int64_t k = 0; k < K; k += UNIT) order_x(row + k, w->num_bits);
+    if (by_rows) continue;
+    const int64_t first = m / v->max_tokens * v->max_tokens, left = t->M - first;
+    const int in_pass = pass_tokens((int)(left < v->max_tokens ? left : v->max_tokens));
+    int16_t *to = fixed_x + first * K + (m - first) * UNIT;
+    for (int64_t k = 0; k < K; k += UNIT) order_x(row + k, to + k * in_pass, bits, v->order);
   }
   /* A thread's share is at least 128 K weights, about 10 us, which waking it must not exceed. */
   int64_t grain = (1 << 17) / (K * (w->by_rows ? 1 : TILE)) + 1;
@@ -285,3 +311,6 @@ int flute_serial(int64_t first, int64_t last, int64_t grain, range_fn run, void 
   if (first < last) run(first, last, context);
   return 0;
 }
+
+/* Whether so many bytes are the same. */
+int flute_equal(const void *a, const void *b, size_t bytes) { return !memcmp(a, b, bytes); }

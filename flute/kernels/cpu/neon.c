@@ -46,7 +46,7 @@ INLINE void fixed(const struct tiles *a, float *sums, const int bits, const int 
         for (int r = 0; r < 4; r++) sum[m][r] = vdupq_n_s32(0);
       for (int64_t k = first; k < last; k += UNIT) {
         const uint8_t *p = a->codes + (size_t)k * 2 * bits + 16 * quarter;
-        const int16_t *x = a->fixed_x + k;
+        const int16_t *x = a->fixed_x + k * tokens;
         uint8x16_t w[4];
         for (int v = 0; v < bits; v++) w[v] = vld1q_u8(p + 64 * v);
         if (bits == 3) {
@@ -60,7 +60,7 @@ INLINE void fixed(const struct tiles *a, float *sums, const int bits, const int 
                 vreinterpretq_s16_u8(vqtbl1q_u8(tables[0], vreinterpretq_u8_u16(code)));
             for (int m = 0; m < tokens; m++) {
               int32_t pair;
-              memcpy(&pair, x + m * a->padded_K + 2 * i, 4);
+              memcpy(&pair, x + m * UNIT + 2 * i, 4);
               int16x4_t xs = vreinterpret_s16_s32(vdup_n_s32(pair));
               sum[m][0] = vmlal_s16(sum[m][0], vget_low_s16(values), xs);
               sum[m][1] = vmlal_s16(sum[m][1], vget_high_s16(values), xs);
@@ -77,7 +77,7 @@ INLINE void fixed(const struct tiles *a, float *sums, const int bits, const int 
             int16x8_t one = vreinterpretq_s16_u8(vzip1q_u8(low, high));
             int16x8_t two = vreinterpretq_s16_u8(vzip2q_u8(low, high));
             for (int m = 0; m < tokens; m++) {
-              int16x4_t xs = vld1_s16(x + m * a->padded_K + 4 * (planes * i + c));
+              int16x4_t xs = vld1_s16(x + m * UNIT + 4 * (planes * i + c));
               sum[m][0] = vmlal_s16(sum[m][0], vget_low_s16(one), xs);
               sum[m][1] = vmlal_s16(sum[m][1], vget_high_s16(one), xs);
               sum[m][2] = vmlal_s16(sum[m][2], vget_low_s16(two), xs);
@@ -114,7 +114,7 @@ INLINE void dense(const struct tiles *a, int64_t k, float out[UNIT][TILE], const
 
 static int usable(void) { return 1; }
 
-const struct variant flute_neon = {.name = "neon", .usable = usable, .max_tokens = MOST_TOKENS, .transposed = 1,
+const struct variant flute_neon = {.name = "neon", .usable = usable, .max_tokens = MOST_TOKENS, .order = BY_BYTES,
     .fixed = any_fixed, .exact = any_exact, .dense = any_dense, .token = any_token, .nearest = any_nearest,
     .halves = NULL};
 #else

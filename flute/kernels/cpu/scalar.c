@@ -23,7 +23,7 @@ static void fixed(const struct tiles *a, float *sums, int bits, int tokens) {
         unit_codes(a, k / UNIT, r, codes);
         for (int i = 0; i < UNIT; i++)
           for (int m = 0; m < tokens; m++)
-            total[m] += (int32_t)a->fixed_table[codes[i]] * a->fixed_x[m * a->padded_K + k + i];
+            total[m] += (int32_t)a->fixed_table[codes[i]] * a->fixed_x[k * tokens + m * UNIT + i];
       }
       float scale = load(a->scales, first / a->group * TILE + r, a->scale_type);
       for (int m = 0; m < tokens; m++) {
@@ -69,6 +69,6 @@ static int always(void) { return 1; }
 #define MOST_TOKENS MAX_TOKENS
 #include "variant.h"
 
-const struct variant flute_scalar = {.name = "scalar", .usable = always, .max_tokens = MOST_TOKENS, .transposed = 0,
+const struct variant flute_scalar = {.name = "scalar", .usable = always, .max_tokens = MOST_TOKENS, .order = AS_CODES,
     .fixed = any_fixed, .exact = any_exact, .dense = any_dense, .token = any_token, .nearest = any_nearest,
     .halves = NULL};
