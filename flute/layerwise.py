@@ -22,6 +22,7 @@ from flute.calibration import Block, BlockWalk, check_windows, find_blocks
 from flute.checkpoint import CheckpointReader, open_safetensors
 from flute.errors import UnsupportedProblemError
 from flute.format import QuantizedWeight
+from flute.guidance import output_weights
 from flute.model import ModelPlan, QuantizeOptions
 from flute.pack import unpack_codes
 from flute.reference import dequantize
@@ -101,10 +102,19 @@ class CheckpointWalk:
             and key in self._on_disk
         ]
         _make_buffers(model, self._device)
+        token_weights = None
+        if self._options.guided:
+            every = [key for key in model.state_dict() if key in self._on_disk]
+            model.load_state_dict(self._read(every), strict=False, assign=True)
+            model.tie_weights()
+            token_weights = output_weights(model, self._plan.shapes, self._windows)
+            model.to("meta")
+            _make_buffers(model, self._device)
         model.load_state_dict(self._read(wanted), strict=False, assign=True)
         walk = BlockWalk(
             *(model, list(self._plan.shapes), self._windows, self._device),
             keep_dense=self._options.learn is not None,
+            token_weights=token_weights,
         )
         model.to("meta")
         return walk

@@ -119,6 +119,8 @@ def quantize_checkpoint(
         job["calibration"] = f"{zlib.crc32(tensor_bytes(calibration)):08x}"
         if options.learn is not None:
             job["learn"] = str(options.learn)
+        if options.guided:
+            job["guided"] = True
     side_files = read_side_files(reader.directory) | {
         "config.json": model_config_json(reader.config, config),
         "README.md": model_card(str(source), config, plan.model_plan.shapes).encode(),

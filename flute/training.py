@@ -93,7 +93,10 @@ def learn_block(
     """
     learned = {
         name: LearnedWeight(
-            weight.detach().float().contiguous(), start[name], hold_codes=options.holds_codes
+            weight.detach().float().contiguous(),
+            start[name],
+            hold_codes=options.holds_codes,
+            tables=options.tables,
         )
         for name, weight in weights.items()
     }

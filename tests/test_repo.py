@@ -31,7 +31,7 @@ LAYERS = (
     ("concat", "cuda"),
     ("ops", "operands"),
     ("linear", "tune", "calibration", "experts"),
-    ("training",),
+    ("training", "guidance"),
     ("blockwise",),
     ("checkpoint",),
     ("rotation",),

@@ -126,6 +126,12 @@ def add_parser(commands: Any) -> None:
     calibration.add_argument(
         "--seed", type=int, default=0, metavar="N", help="which pieces of the text (default 0)"
     )
+    calibration.add_argument(
+        "--guided",
+        action="store_true",
+        help="gptq, lnq: count errors by what they cost the whole model, measured by one backward "
+        "pass over the samples; the dense model must fit into memory",
+    )
     learning = parser.add_argument_group("learning, for nfl")
     learning.add_argument(
         "--learn-from",
@@ -247,6 +253,7 @@ def run(args: argparse.Namespace) -> int:
         args.table_scope,
         _learn_options(args),
         hadamard=args.hadamard,
+        guided=args.guided,
     )
     is_mixed = args.bits != base_bits
     if not is_mixed or args.method in CALIBRATED:
