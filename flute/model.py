@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from flute.blockwise import quantize_block, quantize_weight
 from flute.calibration import BlockWalk, CalibrationError
+from flute.end_to_end import quantize_end_to_end
 from flute.errors import FormatError, UnsupportedProblemError
 from flute.experts import split_experts, takes_experts
 from flute.format import GROUP_SIZES, SCALE_DTYPES, WHOLE_ROW, CheckpointConfig, QuantizedWeight
@@ -399,6 +400,13 @@ def _quantized_layers(
         for name in plan.shapes:
             dense = model.get_parameter(f"{name}.weight").data
             yield name, quantize_weight(dense, name, plan.config, options.table)
+        return
+    if options.learn is not None and options.learn.end_to_end:
+        learned = quantize_end_to_end(
+            *(model, plan.config, list(plan.shapes), options.table, options.learn, calibration),
+            guided=options.guided,
+        )
+        yield from learned.items()
         return
     walk = BlockWalk(
         *(model, list(plan.shapes), calibration),

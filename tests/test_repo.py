@@ -33,7 +33,7 @@ LAYERS = (
     ("linear", "tune", "calibration", "experts"),
     ("training", "guidance"),
     ("blockwise",),
-    ("checkpoint",),
+    ("checkpoint", "end_to_end"),
     ("rotation",),
     ("model",),
     ("writer", "architecture"),

@@ -141,7 +141,16 @@ def add_parser(commands: Any) -> None:
     )
     learning.add_argument("--learn-tables", action="store_true", help="learn the tables too")
     learning.add_argument(
-        "--steps", type=int, metavar="N", help="per block (default: each sample is seen once)"
+        "--learn-end-to-end",
+        action="store_true",
+        help="learn all blocks at once, on the KL divergence of the model's output; the dense "
+        "model and twice its quantised layers must fit into memory",
+    )
+    learning.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="per block, or end to end (default: each sample is seen once)",
     )
     learning.add_argument(
         "--batch", type=int, metavar="N", help=f"samples per step (default {LearnOptions.batch})"
@@ -201,6 +210,7 @@ def _learn_options(args: argparse.Namespace) -> LearnOptions | None:
         "batch": args.batch,
         "learning_rate": args.learning_rate,
         "tables": args.learn_tables or None,
+        "end_to_end": args.learn_end_to_end or None,
     }
     said = {key: value for key, value in given.items() if value is not None}
     return LearnOptions(**said) if said else None

@@ -29,7 +29,7 @@ class LearnedWeight:
     """The scales and the table of one matrix while they are learned.
 
     Args:
-        weight: the dense weight, fp32, shape (N, K).
+        weight: the dense weight, floating-point, shape (N, K).
         start: its quantised form to start from.
         hold_codes: keep the codes of ``start`` instead of finding them anew for each step's scales.
         tables: give the table a gradient too.
@@ -49,15 +49,25 @@ class LearnedWeight:
         """Return the codes for scales (N, groups) and a table: uint8, shape (N, K)."""
         if self._hold_codes:
             return self._start.codes
-        groups = self._weight.view(*scales.shape, -1)
+        groups = self._weight.float().contiguous().view(*scales.shape, -1)
         return round_to_table(groups, scales, table)
 
-    def dequantized(self) -> Tensor:
-        """Return ``table[codes] * scales`` as it is now, fp32 (N, K), with its gradients."""
+    @torch.no_grad()
+    def codes_now(self) -> Tensor:
+        """Return the codes for scales and table as they are now: uint8, shape (N, K)."""
+        table = self._start.table + self.table_change
+        return self.codes(self._scales * (1 + self.scale_change), table)
+
+    def dequantized(self, codes: Tensor | None = None) -> Tensor:
+        """Return ``table[codes] * scales`` as it is now, fp32 (N, K), with its gradients.
+
+        Args:
+            codes: uint8, shape (N, K); None finds them.
+        """
         scales = self._scales * (1 + self.scale_change)
         table = self._start.table + self.table_change
-        with torch.no_grad():
-            codes = self.codes(scales, table)
+        if codes is None:
+            codes = self.codes_now()
         values: Tensor = _Dequantize.apply(scales, table, codes)  # type: ignore[no-untyped-call]
         return values
 
