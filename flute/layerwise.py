@@ -139,7 +139,8 @@ class CheckpointWalk:
         with explain_out_of_memory(f"loading the dense model to {self._device}", advice):
             _make_buffers(model, self._device)
             model.load_state_dict(self._read(keys), strict=False, assign=True)
-            model.tie_weights()
+            if any(p.is_meta for p in model.parameters()):  # a rotated head is on disk by itself
+                model.tie_weights()
 
     def _learn_end_to_end(self, learn: LearnOptions) -> dict[str, QuantizedWeight]:
         progress = self._progress

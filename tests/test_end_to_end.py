@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import folder_bytes, generator, save_tiny, tiny_model
+from helpers import DEMO_MODEL, folder_bytes, generator, save_tiny, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import flute
-from flute import end_to_end, quantize_model
+from flute import end_to_end, quantize_model, stream
 from flute.calibration import CalibrationError
+from flute.cli import main
 from flute.divergence import kl_divergence
 from flute.end_to_end import learn_model
 from flute.model import QuantizeOptions
@@ -109,11 +111,14 @@ def test_what_does_not_hold_on_other_windows_is_dropped_and_the_model_is_left_al
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize(("start", "guided"), [("mse", False), ("lnq", True), ("nf", False)])
-def test_disk_equals_memory(tmp_path, start, guided):
-    save_tiny(tmp_path / "source", tie_word_embeddings=start == "nf")
+@pytest.mark.parametrize(
+    ("start", "guided", "tied", "hadamard"),
+    [("mse", False, False, False), ("lnq", True, True, False), ("gptq", True, True, True)],
+)
+def test_disk_equals_memory(tmp_path, start, guided, tied, hadamard):
+    save_tiny(tmp_path / "source", tie_word_embeddings=tied)
     learn = LearnOptions(start, steps=3, end_to_end=True)
-    options = QuantizeOptions(3, 32, "nfl", learn=learn, guided=guided)
+    options = QuantizeOptions(3, 32, "nfl", learn=learn, guided=guided, hadamard=hadamard)
     said: list[str] = []
     progress = SimpleNamespace(
         start=lambda total, done: None, advance=lambda count, name: said.append(name)
@@ -122,7 +127,7 @@ def test_disk_equals_memory(tmp_path, start, guided):
         tmp_path / "source", tmp_path / "out", options, calibration=windows(), progress=progress
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype="auto")
-    options = {"learn": learn, "guided": guided}
+    options = {"learn": learn, "guided": guided, "hadamard": hadamard}
     quantize_model(model, 3, 32, method="nfl", calibration=windows(), **options)
     written = load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in model.state_dict().items():
@@ -158,3 +163,39 @@ def test_a_loss_that_is_nan_is_named():
     message = "The divergence from the dense model is nan at step 1. Use a smaller `learning_rate`"
     with pytest.raises(CalibrationError, match=re.escape(message)):
         learn_model(model, weights, start, windows(), LearnOptions(steps=2, end_to_end=True))
+
+
+# ---- the command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--learn-end-to-end"], (True, False, "mse")),
+        (["--learn-from", "gptq", "--guided"], (False, True, "gptq")),
+        (["--learn-from", "lnq", "--guided", "--learn-end-to-end"], (True, True, "lnq")),
+    ],
+)
+def test_the_command_passes_on_what_is_asked_for(tmp_path, monkeypatch, arguments, expected):
+    text = tmp_path / "text.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 40)
+    asked = []
+
+    def keep(source, out, options, **rest):
+        asked.append(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stream, "quantize_checkpoint", keep)
+    argv = ["quantize", str(DEMO_MODEL), str(tmp_path / "out"), "--method", "nfl", *arguments]
+    argv += ["--calibration", str(text), "--samples", "2", "--sequence", "32", "--device", "cpu"]
+    with contextlib.suppress(KeyboardInterrupt):
+        main(argv)
+    learn = asked[0].learn
+    assert (learn.end_to_end, asked[0].guided, learn.start) == expected
+
+
+def test_the_command_refuses_guided_weighting_of_other_methods(tmp_path, capsys):
+    argv = ["quantize", str(DEMO_MODEL), str(tmp_path / "out"), "--guided"]
+    assert main(argv) == 1
+    message = "`guided` weights Hessians, which 'mse' has none of: use one of ('gptq', 'lnq')"
+    assert message in capsys.readouterr().err
