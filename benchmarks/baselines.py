@@ -31,7 +31,7 @@ def bitsandbytes_nf4(weight: Tensor, group_size: int, *, double: bool = False) -
     """
     blocks = weight.reshape(-1, group_size)
     absmax = blocks.abs().amax(1)
-    table = get_table("nf", 4)
+    table = get_table("nf", 4).to(weight.device)
     inverse = absmax.masked_fill(absmax == 0, torch.inf).reciprocal()  # the library multiplies
     codes = nearest_codes(blocks * inverse[:, None], table).long()
     bits = 4 + 32 / group_size
@@ -47,7 +47,7 @@ def nested(absmax: Tensor) -> Tensor:
     blocks = torch.nn.functional.pad(absmax - offset, (0, -len(absmax) % _NESTED_BLOCK))
     blocks = blocks.view(-1, _NESTED_BLOCK)
     largest = blocks.abs().amax(1, keepdim=True)
-    table = dynamic_table()
+    table = dynamic_table().to(absmax.device)
     codes = nearest_codes(blocks / largest.masked_fill(largest == 0, 1), table[None]).long()
     return (table[codes] * largest).view(-1)[: len(absmax)] + offset
 

@@ -5,7 +5,13 @@ other libraries' methods re-created (`baselines.py`). Methods that calibrate run
 which draw other windows from the calibration text; without such a text they are left out. Losses
 are paired with the bf16 model's on the same windows. benchmarks/plot_quality.py draws the results.
 
+`--workers` measures cases in as many processes, on a GPU too (`--device cuda`), the middle group
+size and the first seed first; `--budget` bounds the time. What is measured is in the file at once,
+and `--append` goes on with what is not in it yet. On a GPU the quantised weights run as dense ones.
+
 Usage: python benchmarks/bench_quality.py --json benchmarks/results/quality.json
+       python benchmarks/bench_quality.py --json gpu.json --device cuda --workers 14 --budget 240 \
+           --calibration train.txt --max-tokens 8192 65536
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ import argparse
 import copy
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import platform
@@ -26,13 +33,14 @@ from typing import Any
 
 import baselines
 import torch
+from quality_workers import run_here, run_in_workers
 from torch import Tensor, nn
 
 import flute
 from flute.cli.loading import load_model, load_tokenizer
 from flute.console import Bar, print_table, quiet_transformers
-from flute.divergence import divergence
-from flute.evaluate import TEXTS, perplexity, read_text, to_windows
+from flute.divergence import Divergence, divergence
+from flute.evaluate import TEXTS, Perplexity, perplexity, read_text, to_windows
 from flute.format import QuantizedWeight
 from flute.linear import LutLinear
 from flute.methods import CALIBRATED as METHODS_WITH_TEXT
@@ -104,6 +112,13 @@ OURS: dict[str, dict[str, Any]] = {
         **{"method": "nfl", "table_scope": "row"},
         "learn": LearnOptions("lnq", tables=True),
     },
+    "nfl, end to end": {"method": "nfl", "learn": LearnOptions(end_to_end=True)},
+    "nfl from lnq, end to end": {
+        "method": "nfl",
+        "learn": LearnOptions("lnq", learning_rate=2e-3, end_to_end=True),
+    },
+    "gptq, guided": {"method": "gptq", "guided": True},
+    "lnq, guided": {"method": "lnq", "guided": True},
 }
 """Name -> options of `flute.quantize_model` besides bits and group."""
 CALIBRATED = (
@@ -231,69 +246,146 @@ class Remembered:
 
     def __call__(self, input_ids: Tensor, use_cache: bool) -> Any:
         """Return the logits of a batch, from the first time it was seen."""
-        key = input_ids.numpy().tobytes()
+        key = input_ids.cpu().numpy().tobytes()
         if key not in self._kept:
             self._kept[key] = self._model(input_ids=input_ids, use_cache=use_cache).logits
         return SimpleNamespace(logits=self._kept[key])
 
 
-def bench_model(path: str, args: argparse.Namespace, head: Record) -> Iterator[Record]:
-    """Yield a record per case and text."""
-    dense, tokenizer = load_model(path, "cpu"), load_tokenizer(path)
-    reference = Remembered(dense)
-    size = sum(p.numel() * p.element_size() for p in dense.parameters())
-    plan = plan_model(dense, QuantizeOptions(4, -1))
-    num_weights = sum(N * K for N, K in plan.shapes.values())
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """What a model is measured on.
+
+    Args:
+        path: the model's folder.
+        texts: name -> windows to measure on, int64, shape (windows, window).
+        lengths: numbers of windows to give figures of, from the first on.
+        calibration: seed -> windows to calibrate on; empty without a calibration text.
+        calibration_name: the text and its tokens, None without.
+    """
+
+    path: str
+    texts: dict[str, Tensor]
+    lengths: tuple[int, ...]
+    calibration: dict[int, Tensor]
+    calibration_name: str | None
+
+
+def read_material(path: str, args: argparse.Namespace) -> Material:
+    tokenizer = load_tokenizer(path)
+    longest = max(args.max_tokens) if args.max_tokens else None
     texts = {
-        Path(name).stem: to_windows(read_text(name), tokenizer, args.window, args.max_tokens)
+        Path(name).stem: to_windows(read_text(name), tokenizer, args.window, longest)
         for name in args.texts
     }
-    plain = {name: perplexity(dense, windows) for name, windows in texts.items()}
-    head = {**head, "model": Path(path).name, "window": args.window}
-    calibration = None
-    if args.calibration:
-        count = args.calibration_windows * args.window
-        calibration = f"{Path(args.calibration).stem}, {count} tokens"
-    for name, result in plain.items():
-        yield {
-            **{**head, "text": name, "tokens": result.num_tokens},
-            **{"method": "bf16", "kind": "dense", "bits": 16, "group": None, "seed": None},
-            "calibration": None,
-            **{"bits_per_weight": 16.0, "bytes": size, "ppl": result.perplexity},
-            **{"loss": result.loss, "dloss": 0.0, "dloss_error": 0.0, "kl": 0.0, "kl_error": 0.0},
-            **{"agreement": 1.0, "seconds": 0.0},
-        }
-    pool = None
+    counts = {min(n // args.window, *map(len, texts.values())) for n in args.max_tokens or ()}
+    picked, name = {}, None
     if args.calibration:
         pool = to_windows(read_text(args.calibration), tokenizer, args.window)
-    chosen = args.methods or [*OURS, *OTHERS]
-    known = pool is not None
-    cases = list(cases_of(chosen, args.bits, args.groups, calibration=known, seeds=args.seeds))
-    hessians: dict[int, dict[str, Tensor]] = {}
-    with Bar(Path(path).name, "cases", len(cases)) as bar:
-        for case in cases:
-            picked = sums = None
-            if pool is not None and case.seed is not None:
-                picked = draw(pool, args.calibration_windows, case.seed)
-                if case.kind == "baseline" and case.seed not in hessians:
-                    hessians[case.seed] = collect_hessians(dense, picked)
-                sums = hessians.get(case.seed)
-            model, bits, seconds = quantized_copy(dense, case, picked, sums)
-            for name, windows in texts.items():
-                result = divergence(model, reference, windows)
-                excess, error = result.perplexity.excess(plain[name])
+        picked = {seed: draw(pool, args.calibration_windows, seed) for seed in args.seeds}
+        tokens = args.calibration_windows * args.window
+        name = f"{Path(args.calibration).stem}, {tokens} tokens"
+    whole = max(map(len, texts.values()))
+    return Material(path, texts, tuple(sorted(counts)) or (whole,), picked, name)
+
+
+class Bench:
+    """A dense model, its own losses, and what quantised copies of it are compared with.
+
+    Args:
+        material: what it is measured on.
+        device: where all of it runs.
+        head: what each record begins with.
+    """
+
+    def __init__(self, material: Material, device: str, head: Record) -> None:
+        self.material = material
+        self.dense = load_model(material.path, device)
+        self._reference = Remembered(self.dense) if device == "cpu" else self.dense
+        self._hessians: dict[int, dict[str, Tensor]] = {}
+        window = next(iter(material.texts.values())).shape[1]
+        self._head = {**head, "model": Path(material.path).name, "window": window}
+        self._size = sum(p.numel() * p.element_size() for p in self.dense.parameters())
+        plan = plan_model(self.dense, QuantizeOptions(4, -1))
+        self._num_weights = sum(N * K for N, K in plan.shapes.values())
+        self._plain = {name: perplexity(self.dense, w) for name, w in material.texts.items()}
+
+    def dense_records(self) -> Iterator[Record]:
+        """Yield a record of the dense model per text and length."""
+        for name, result in self._plain.items():
+            for count in self.material.lengths:
+                part = first_windows(result, count)
                 yield {
-                    **{**head, "text": name, "tokens": result.perplexity.num_tokens},
+                    **{**self._head, "text": name, "tokens": part.num_tokens},
+                    **{"method": "bf16", "kind": "dense", "bits": 16, "group": None},
+                    **{"seed": None, "calibration": None},
+                    **{"bits_per_weight": 16.0, "bytes": self._size, "ppl": part.perplexity},
+                    **{"loss": part.loss, "dloss": 0.0, "dloss_error": 0.0, "kl": 0.0},
+                    **{"kl_error": 0.0, "agreement": 1.0, "seconds": 0.0},
+                }
+
+    def records(self, case: Case) -> Iterator[Record]:
+        """Quantise, measure, and yield a record per text and length."""
+        material, picked, sums = self.material, None, None
+        if case.seed is not None:
+            picked = material.calibration[case.seed]
+            if case.kind == "baseline":
+                if case.seed not in self._hessians:
+                    self._hessians[case.seed] = collect_hessians(self.dense, picked)
+                sums = self._hessians[case.seed]
+        model, bits, seconds = quantized_copy(self.dense, case, picked, sums)
+        if self.dense.device.type != "cpu":
+            make_dense(model)
+        for name, windows in material.texts.items():
+            whole = divergence(model, self._reference, windows)
+            for count in material.lengths:
+                own = first_windows(whole.perplexity, count)
+                result = Divergence(whole.kl[:count], whole.agrees[:count], own)
+                excess, error = own.excess(first_windows(self._plain[name], count))
+                yield {
+                    **{**self._head, "text": name, "tokens": own.num_tokens},
                     **{"method": case.method, "kind": case.kind, "bits": case.bits},
                     **{"group": case.group, "seed": case.seed, "bits_per_weight": bits},
-                    "bytes": round(size - num_weights * (16 - bits) / 8),
-                    **{"ppl": result.perplexity.perplexity, "loss": result.perplexity.loss},
+                    "bytes": round(self._size - self._num_weights * (16 - bits) / 8),
+                    **{"ppl": own.perplexity, "loss": own.loss},
                     **{"dloss": excess, "dloss_error": error, "kl": result.mean},
-                    "calibration": None if case.seed is None else calibration,
+                    "calibration": None if case.seed is None else material.calibration_name,
                     **{"kl_error": result.error, "agreement": result.agreement},
                     "seconds": seconds,
                 }
-            bar.advance(1, f"{case.method} {case.bits} bits, group {case.group}")
+
+
+def first_windows(result: Perplexity, count: int) -> Perplexity:
+    return Perplexity(result.losses[:count], result.window, result.seconds)
+
+
+def make_dense(model: nn.Module) -> None:
+    """Put dense layers of the dequantised weights in place of quantised ones."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LutLinear):
+            weight = layer.dequantize(torch.bfloat16 if layer.bias is None else layer.bias.dtype)
+            linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+            linear.weight, linear.bias = nn.Parameter(weight), layer.bias
+            model.set_submodule(name, linear)
+
+
+def first_of_all(case: Case, args: argparse.Namespace) -> tuple[bool, bool, int]:
+    """Order cases by what is wanted first: the middle group, then seeds, then other groups."""
+    middle = args.groups[len(args.groups) // 2]
+    return case.group != middle, case.seed not in (None, args.seeds[0]), case.seed or 0
+
+
+def ordered_cases(material: Material, args: argparse.Namespace) -> list[Case]:
+    calibration = bool(material.calibration)
+    methods = args.methods or [*OURS, *OTHERS]
+    cases = cases_of(methods, args.bits, args.groups, calibration=calibration, seeds=args.seeds)
+    return sorted(cases, key=lambda case: first_of_all(case, args))
+
+
+def identity(record: Record) -> tuple[Any, ...]:
+    """Return what tells a case's records from another's."""
+    keys = ("model", "method", "bits", "group", "seed", "calibration")
+    return tuple(record[key] for key in keys)
 
 
 def commit() -> str | None:
@@ -305,7 +397,7 @@ def commit() -> str | None:
 
 
 def machine() -> str:
-    """Return the CPU and how many cores torch uses."""
+    """Return the CPU and how many cores torch uses; `main` adds a GPU's name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -335,7 +427,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--texts", nargs="+", default=list(TEXTS), metavar="TEXT", help="files or shipped texts"
     )
     parser.add_argument("--window", type=int, default=1024, metavar="N", help="tokens; 1024")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="of each text; default all")
+    parser.add_argument(
+        *("--max-tokens", "-n"),
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="of each text, several for figures of each; default all",
+    )
     parser.add_argument("--methods", nargs="+", choices=[*OURS, *OTHERS], metavar="METHOD")
     parser.add_argument("--bits", nargs="+", type=int, default=BITS, choices=BITS)
     parser.add_argument("--groups", nargs="+", type=int, default=GROUPS, metavar="N")
@@ -344,6 +442,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write records after each case")
     parser.add_argument("--append", action="store_true", help="keep the records that FILE has")
+    parser.add_argument("--commit", metavar="ID", help="to record; default: what git says")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0: this")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="stop after so long")
     args = parser.parse_args(argv)
     if args.calibration in args.texts:
         parser.error("--calibration is one of --texts: calibrate on other text than is measured")
@@ -352,15 +454,43 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    start = time.perf_counter()
     quiet_transformers()
-    head = {"commit": commit(), "date": datetime.date.today().isoformat(), "machine": machine()}
+    where = machine()
+    if args.device != "cpu":
+        where = f"{torch.cuda.get_device_name(args.device)}, {where}"
+    if args.workers:
+        where += f", {args.workers} processes"
+    head = {
+        "commit": args.commit or commit(),
+        "date": datetime.date.today().isoformat(),
+        "machine": where,
+    }
     records: list[Record] = json.loads(args.json.read_text()) if args.append else []
-    start = len(records)
-    for path in args.models:
-        for record in bench_model(path, args, head):
-            records.append(rounded(record))
+    known, old = {identity(r) for r in records}, len(records)
+    materials = [read_material(path, args) for path in args.models]
+    jobs = []
+    for material in materials:
+        own = {"model": Path(material.path).name, "calibration": None}
+        if not any((r["method"], r["model"]) == ("bf16", own["model"]) for r in records):
+            jobs.append((material.path, None))
+        for case in ordered_cases(material, args):
+            own["calibration"] = None if case.seed is None else material.calibration_name
+            if identity({**dataclasses.asdict(case), **own}) not in known:
+                jobs.append((material.path, case))
+    deadline = None if args.budget is None else start + args.budget
+    run = functools.partial(run_in_workers, workers=args.workers) if args.workers else run_here
+    benches = {m.path: functools.partial(Bench, m, args.device, head) for m in materials}
+    left = len(jobs)
+    with Bar("measuring", "cases", len(jobs)) as bar:
+        for (_, case), found in run(benches, jobs, deadline=deadline):
+            records += [rounded(record) for record in found]
             if args.json:
                 keep(args.json, records)
+            left -= 1
+            bar.advance(1, "bf16" if case is None else f"{case.method} {case.bits} bits")
+    if left:
+        print(f"{left} of {len(jobs)} cases were not measured; go on with --append.")
     columns = ["model", "text", "method", "bits", "group", "seed", "bits/weight", "perplexity"]
     columns += ["loss over bf16", "KL", "agreement", "seconds"]
     rows = [
@@ -373,7 +503,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{r['agreement']:.3f}",
             f"{r['seconds']:.1f}",
         ]
-        for r in records[start:]
+        for r in records[old:]
     ]
     print_table("Quality; losses and KL in nats per token", columns, rows)
 

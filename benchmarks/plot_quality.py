@@ -38,11 +38,11 @@ FLOOR = 1e-3
 
 
 def averaged(records: Iterable[Record]) -> list[Record]:
-    """Return one record per model, text, method, bits and group: the mean over seeds.
+    """Return one record per model, text, method, bits, group and tokens: the mean over seeds.
 
     "spread" is the standard deviation over seeds, 0 where there is one.
     """
-    keys = ("model", "text", "method", "bits", "group")
+    keys = ("model", "text", "method", "bits", "group", "tokens")
     cases: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
         cases.setdefault(tuple(record[key] for key in keys), []).append(record)
@@ -54,6 +54,15 @@ def averaged(records: Iterable[Record]) -> list[Record]:
         spread = stdev(losses) if len(losses) > 1 else 0.0
         out.append({**same[0], **means, "spread": spread, "seeds": len(same)})
     return out
+
+
+def longest(records: Sequence[Record]) -> list[Record]:
+    """Return the records of the most tokens of each model and text that the bf16 model has."""
+    most: dict[tuple[str, str], int] = {}
+    for r in records:
+        key = r["model"], r["text"]
+        most[key] = max(most.get(key, 0), r["tokens"] if r["kind"] == "dense" else 0)
+    return [r for r in records if r["tokens"] == most[r["model"], r["text"]]]
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -173,11 +182,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, nargs="?", default=RESULTS / "quality.json")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="quality", help="of the files; default quality")
     args = parser.parse_args(argv)
-    records = json.loads(args.results.read_text())
-    plot(records, args.out / "quality.png")
-    (args.out / "quality.md").write_text(tables(records))
-    print(f"{args.out / 'quality.png'}\n\n{tables(records)}", end="")
+    records = longest(json.loads(args.results.read_text()))
+    plot(records, args.out / f"{args.name}.png")
+    (args.out / f"{args.name}.md").write_text(tables(records))
+    print(f"{args.out / f'{args.name}.png'}\n\n{tables(records)}", end="")
 
 
 if __name__ == "__main__":

@@ -193,12 +193,16 @@ class BlockWalk:
         windows: int64, shape (samples, sequence).
         device: where blocks run; None: where the model is.
         keep_dense: keep the hidden states of the dense model too.
+        token_weights: layer name -> how much each token counts in its Hessian for each group of
+            its outputs, fp32, shape (samples, sequence, groups), from `flute.guidance`.
 
     Raises:
         CalibrationError: the windows do not fit the model.
         UnsupportedProblemError: a layer in no block, or a model that does more between its blocks
             than to pass hidden states on.
     """
+
+    _token_weights: Mapping[str, Tensor] | None = None
 
     def __init__(
         self,
@@ -208,13 +212,15 @@ class BlockWalk:
         device: torch.device | None = None,
         *,
         keep_dense: bool = False,
+        token_weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.blocks = find_blocks(model, layers)
         self._device = device or next(model.parameters()).device
+        self._token_weights = token_weights
         check_windows(model, windows)
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._hidden: list[Tensor] = []
-        with _evaluating(model), _in_block(self._device, windows.shape[1]):
+        with evaluating(model), _in_block(self._device, windows.shape[1]):
             for window in windows:
                 self._record(model, window.unsqueeze(0).to(self._device))
         self._dense = list(self._hidden) if keep_dense else []
@@ -288,7 +294,7 @@ class BlockWalk:
     @torch.no_grad()
     def advance_dense(self, block: Block) -> None:
         """Take the dense stream through a block, which must still be as the dense model has it."""
-        with _evaluating(block.module):
+        with evaluating(block.module):
             for i, hidden in enumerate(self._dense):
                 self._dense[i] = self._run(block, hidden).cpu()
 
@@ -296,7 +302,8 @@ class BlockWalk:
     def hessians(self, block: Block) -> dict[str, Tensor]:
         """Return the sum of x x' over the inputs of each of a block's layers, fp32, shape (K, K).
 
-        Layers that read one tensor (q, k, v; gate, up) share one Hessian.
+        Layers that read one tensor (q, k, v; gate, up) share one Hessian. With token weights it is
+        the sum of weight x x', shape (groups of outputs, K, K), of each layer for itself.
 
         Raises:
             CalibrationError: NaN or Inf in the inputs of a layer; it is named.
@@ -304,18 +311,24 @@ class BlockWalk:
         leaders: dict[str, str] = {}
         sums: dict[str, Tensor] = {}
         inputs: list[tuple[Tensor, str]] = []
+        window = 0
 
         def collect(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
                 x = args[0]
                 if name not in leaders:
-                    leaders[name] = next((known for seen, known in inputs if seen is x), name)
+                    seen = () if self._token_weights else inputs
+                    leaders[name] = next((known for other, known in seen if other is x), name)
                     inputs.append((x, leaders[name]))
-                if leaders[name] == name:
-                    rows = x.detach().reshape(-1, x.shape[-1]).float()
-                    if name not in sums:
-                        sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
-                    sums[name].addmm_(rows.T, rows)
+                if leaders[name] != name:
+                    return
+                rows = x.detach().reshape(1, -1, x.shape[-1]).float()
+                if self._token_weights:
+                    weights = self._token_weights[name][window].to(rows.device)
+                    rows = rows * weights.T.sqrt().unsqueeze(2)
+                if name not in sums:
+                    sums[name] = rows.new_zeros(len(rows), rows.shape[2], rows.shape[2])
+                sums[name].baddbmm_(rows.mT, rows)
 
             return hook
 
@@ -324,10 +337,11 @@ class BlockWalk:
         }
         hooks = [layer.register_forward_pre_hook(collect(name)) for name, layer in layers.items()]
         try:
-            with _evaluating(block.module):
+            with evaluating(block.module):
                 for hidden in self._hidden:
                     self._run(block, hidden)
                     inputs.clear()
+                    window += 1
         finally:
             for handle in hooks:
                 handle.remove()
@@ -341,8 +355,9 @@ class BlockWalk:
             if name not in leaders:
                 K = int(layer.get_parameter("weight").shape[1])
                 leaders[name] = name
-                sums[name] = torch.zeros(K, K, device=self._device, dtype=torch.float32)
-        return {name: sums[leaders[name]] for name in block.layers}
+                sums[name] = torch.zeros(1, K, K, device=self._device, dtype=torch.float32)
+        whole = {name: total if self._token_weights else total[0] for name, total in sums.items()}
+        return {name: whole[leaders[name]] for name in block.layers}
 
     @torch.no_grad()
     def advance(self, block: Block) -> None:
@@ -350,7 +365,7 @@ class BlockWalk:
         if block.index + 1 == len(self.blocks):
             self._hidden.clear()
             self._dense.clear()
-        with _evaluating(block.module):
+        with evaluating(block.module):
             for i, hidden in enumerate(self._hidden):
                 self._hidden[i] = self._run(block, hidden).cpu()
 
@@ -382,7 +397,7 @@ def check_windows(model: nn.Module, windows: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Switch dropout and the like off, and afterwards back to how each module was."""
     training = [m for m in module.modules() if m.training]
     module.eval()

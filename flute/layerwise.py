@@ -4,7 +4,8 @@
                       hidden states of the windows through the quantised block --> block i + 1
 
 Blocks that an interrupted run had finished are read back from what it wrote, and only passed
-through.
+through. Guided weighting loads the whole model once more before; learning end to end keeps it, and
+an interrupted run learns again.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ from torch import Tensor, nn
 
 from flute.architecture import meta_model, model_keys
 from flute.blockwise import quantize_block
-from flute.calibration import Block, BlockWalk, check_windows, find_blocks
+from flute.calibration import Block, BlockWalk, check_windows, explain_out_of_memory, find_blocks
 from flute.checkpoint import CheckpointReader, open_safetensors
+from flute.end_to_end import quantize_end_to_end
 from flute.errors import UnsupportedProblemError
 from flute.format import QuantizedWeight
+from flute.guidance import output_weights
 from flute.model import ModelPlan, QuantizeOptions
 from flute.pack import unpack_codes
 from flute.reference import dequantize
+from flute.training import LearnOptions
+from flute.writer import Progress
 
 
 class CheckpointWalk:
@@ -38,6 +43,7 @@ class CheckpointWalk:
         windows: token ids of the calibration text, int64, shape (samples, sequence).
         device: where blocks run and are quantised.
         staging: the folder that finished layers are written to.
+        progress: told what a step that ends no layer does.
 
     Raises:
         CalibrationError: the windows do not fit the model.
@@ -54,9 +60,11 @@ class CheckpointWalk:
         windows: Tensor,
         device: torch.device,
         staging: Path,
+        progress: Progress | None = None,
     ) -> None:
         self._reader, self._plan, self._options = reader, plan, options
         self._windows, self._device, self._staging = windows, device, staging
+        self._progress = progress
         self._layer_on_disk = {m: name.removesuffix(".weight") for name, m in layers.items()}
         self._model = meta_model(reader.directory, reader.config)
         self._dtype = reader.dtype(next(iter(layers)))
@@ -80,6 +88,10 @@ class CheckpointWalk:
             CalibrationError: NaN or Inf in the inputs of a layer, or out of memory.
             FormatError: a weight or a Hessian that cannot be used.
         """
+        learn = self._options.learn
+        if learn is not None and learn.end_to_end:
+            self._weights = self._weights or self._learn_end_to_end(learn)
+            return self._weights[layer]
         if self._walk is None:
             self._walk = self._start()
         while self._next <= self.block_of[layer]:
@@ -100,14 +112,47 @@ class CheckpointWalk:
             and key.rpartition(".")[0] not in heads
             and key in self._on_disk
         ]
+        token_weights = None
+        if self._options.guided:
+            self._load_all()
+            token_weights = output_weights(model, self._plan.shapes, self._windows)
+            model.to("meta")
         _make_buffers(model, self._device)
         model.load_state_dict(self._read(wanted), strict=False, assign=True)
         walk = BlockWalk(
             *(model, list(self._plan.shapes), self._windows, self._device),
             keep_dense=self._options.learn is not None,
+            token_weights=token_weights,
         )
         model.to("meta")
         return walk
+
+    def _load_all(self) -> None:
+        """Load the whole dense model.
+
+        Raises:
+            CalibrationError: it does not fit into memory.
+        """
+        model: Any = self._model
+        keys = [key for key in model.state_dict() if key in self._on_disk]
+        advice = "Leave out what needs all of it (`--guided`, `--learn-end-to-end`)."
+        with explain_out_of_memory(f"loading the dense model to {self._device}", advice):
+            _make_buffers(model, self._device)
+            model.load_state_dict(self._read(keys), strict=False, assign=True)
+            if any(p.is_meta for p in model.parameters()):  # a rotated head is on disk by itself
+                model.tie_weights()
+
+    def _learn_end_to_end(self, learn: LearnOptions) -> dict[str, QuantizedWeight]:
+        progress = self._progress
+        self._load_all()
+        weights = quantize_end_to_end(
+            *(self._model, self._plan.config, list(self._plan.shapes), self._options.table, learn),
+            self._windows,
+            guided=self._options.guided,
+            report=None if progress is None else lambda text: progress.advance(0, text),
+        )
+        self._model.to("meta")
+        return weights
 
     def _read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         state = {}

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from flute.blockwise import quantize_block, quantize_weight
 from flute.calibration import BlockWalk, CalibrationError
+from flute.end_to_end import quantize_end_to_end
 from flute.errors import FormatError, UnsupportedProblemError
 from flute.experts import split_experts, takes_experts
 from flute.format import GROUP_SIZES, SCALE_DTYPES, WHOLE_ROW, CheckpointConfig, QuantizedWeight
+from flute.guidance import output_weights
 from flute.linear import LutLinear
-from flute.methods import CALIBRATED, check_table_scope, fits_table, resolve_table
+from flute.methods import BY_HESSIAN, CALIBRATED, check_table_scope, fits_table, resolve_table
 from flute.reference import dequantize
 from flute.rotation import rotate_model
 from flute.tables import FAMILIES, TableLike
@@ -53,6 +55,8 @@ class QuantizeOptions:
         bits_by_layer: full layer name -> bits, of layers that have others than ``num_bits``, such
             as `flute.mixed.choose_bits` returns.
         hadamard: rotate the model first (`flute.rotation`); it computes the same.
+        guided: weight the Hessians of "gptq" and "lnq" by what each output error costs the whole
+            model (`flute.guidance`). The dense model must fit into memory for that.
 
     Raises:
         FormatError: a value out of range, or a table that does not fit.
@@ -68,6 +72,7 @@ class QuantizeOptions:
     learn: LearnOptions | None = None
     bits_by_layer: Mapping[str, int] = field(default_factory=dict)
     hadamard: bool = False
+    guided: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.skip, str):
@@ -83,6 +88,11 @@ class QuantizeOptions:
             object.__setattr__(self, "learn", self.learn or LearnOptions())
         resolve_table(self.basis, self.table, self.num_bits, self.group_size)
         check_table_scope(self.basis, self.table_scope)
+        if self.guided and self.basis not in BY_HESSIAN:
+            raise FormatError(
+                f"`guided` weights Hessians, which {self.basis!r} has none of: use one of "
+                f"{BY_HESSIAN}, or 'nfl' that starts from one."
+            )
         if self.bits_by_layer and self.table is not None and self.table_name == "custom":
             raise FormatError(
                 "A table of your own has entries for one number of bits; layers of several take a "
@@ -391,8 +401,18 @@ def _quantized_layers(
             dense = model.get_parameter(f"{name}.weight").data
             yield name, quantize_weight(dense, name, plan.config, options.table)
         return
-    keep_dense = options.learn is not None
-    walk = BlockWalk(model, list(plan.shapes), calibration, keep_dense=keep_dense)
+    if options.learn is not None and options.learn.end_to_end:
+        learned = quantize_end_to_end(
+            *(model, plan.config, list(plan.shapes), options.table, options.learn, calibration),
+            guided=options.guided,
+        )
+        yield from learned.items()
+        return
+    walk = BlockWalk(
+        *(model, list(plan.shapes), calibration),
+        keep_dense=options.learn is not None,
+        token_weights=output_weights(model, plan.shapes, calibration) if options.guided else None,
+    )
     for block in walk.blocks:
         weights = {name: model.get_parameter(f"{name}.weight").data for name in block.layers}
         quantized = quantize_block(walk, block, weights, plan.config, options.table, options.learn)

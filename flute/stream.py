@@ -115,10 +115,14 @@ def quantize_checkpoint(
     if calibration is not None:
         staging = staging_folder(destination)
         layers, model_plan = plan.layers, plan.model_plan
-        walk = CheckpointWalk(reader, model_plan, layers, options, calibration, place, staging)
+        walk = CheckpointWalk(
+            reader, model_plan, layers, options, calibration, place, staging, progress
+        )
         job["calibration"] = f"{zlib.crc32(tensor_bytes(calibration)):08x}"
         if options.learn is not None:
             job["learn"] = str(options.learn)
+        if options.guided:
+            job["guided"] = True
     side_files = read_side_files(reader.directory) | {
         "config.json": model_config_json(reader.config, config),
         "README.md": model_card(str(source), config, plan.model_plan.shapes).encode(),

@@ -36,10 +36,12 @@ class LearnOptions:
     Args:
         start: method whose result is learned from: "mse", "nf" (the original's), or "gptq" or
             "lnq", whose codes are kept while scales move.
-        steps: of the optimiser in each block; None passes through the windows once.
+        steps: of the optimiser in each block, or end to end; None passes through the windows once.
         batch: windows per step.
         learning_rate: of Adam, for relative changes of scales; falls to zero along a cosine.
         tables: learn the tables too.
+        end_to_end: learn all blocks at once, on the model's output (`flute.end_to_end`), instead of
+            a block at a time. The dense model must fit into memory.
 
     Raises:
         FormatError: a value out of range.
@@ -50,6 +52,7 @@ class LearnOptions:
     batch: int = 1
     learning_rate: float = 5e-3
     tables: bool = False
+    end_to_end: bool = False
 
     def __post_init__(self) -> None:
         if self.start not in STARTS:
@@ -91,22 +94,14 @@ def learn_block(
     Raises:
         CalibrationError: the loss is NaN or Inf.
     """
-    learned = {
-        name: LearnedWeight(
-            weight.detach().float().contiguous(), start[name], hold_codes=options.holds_codes
-        )
-        for name, weight in weights.items()
-    }
-    groups = [{"params": [x.scale_change for x in learned.values()]}]
-    if options.tables:
-        groups.append({"params": [x.table_change for x in learned.values()]})
-    optimiser = torch.optim.Adam(groups, lr=options.learning_rate, betas=(0.9, 0.99))
-    held, rest = _split(walk.num_windows)
+    learned = learned_weights(weights, start, options)
+    optimiser = adam(learned, options)
+    held, rest = split_windows(walk.num_windows)
     steps = options.steps or math.ceil(len(rest) / options.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     before = _held_loss(walk, block, learned, held)
     for step in range(steps):
-        picked = [rest[(step * options.batch + i) % len(rest)] for i in range(options.batch)]
+        picked = picked_windows(rest, step, options)
         optimiser.zero_grad(set_to_none=True)
         loss = _loss(walk, block, learned, picked)
         if not bool(loss.isfinite()):
@@ -121,10 +116,43 @@ def learn_block(
     return {name: x.result() for name, x in learned.items()} if after < before else dict(start)
 
 
-def _split(count: int) -> tuple[list[int], list[int]]:
+def learned_weights(
+    weights: Mapping[str, Tensor], start: Mapping[str, QuantizedWeight], options: LearnOptions
+) -> dict[str, LearnedWeight]:
+    """Return layer name -> what is learned of it.
+
+    Args:
+        weights: layer name -> dense weight, shape (N, K).
+        start: layer name -> its quantised form.
+        options: how to learn.
+    """
+    return {
+        name: LearnedWeight(
+            weight.detach(), start[name], hold_codes=options.holds_codes, tables=options.tables
+        )
+        for name, weight in weights.items()
+    }
+
+
+def adam(learned: Mapping[str, LearnedWeight], options: LearnOptions) -> torch.optim.Adam:
+    """Return the optimiser of all scales, and of the tables if they are learned."""
+    groups = [{"params": [x.scale_change for x in learned.values()]}]
+    if options.tables:
+        groups.append({"params": [x.table_change for x in learned.values()]})
+    # Why: a scale's share of a large model's loss can be below Adam's usual eps of 1e-8.
+    return torch.optim.Adam(groups, lr=options.learning_rate, betas=(0.9, 0.99), eps=1e-12)
+
+
+def split_windows(count: int) -> tuple[list[int], list[int]]:
     """Return the windows held back, and the others; of a single one both are that."""
     held = list(range(0, count, _HELD_BACK))
     return held, [i for i in range(count) if i % _HELD_BACK] or held
+
+
+def picked_windows(windows: Sequence[int], step: int, options: LearnOptions) -> list[int]:
+    """Return the windows of a step: they are gone through in order, again and again."""
+    first = step * options.batch
+    return [windows[(first + i) % len(windows)] for i in range(options.batch)]
 
 
 def _loss(

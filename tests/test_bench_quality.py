@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -173,6 +174,73 @@ def test_the_benchmark_writes_a_record_per_case_and_text(tmp_path, capsys):
     assert "GPTQ int" in capsys.readouterr().out
 
 
+def test_workers_measure_the_same_and_a_later_run_goes_on(tmp_path, capsys):
+    calibration = tmp_path / "calibration.txt"
+    calibration.write_text("The king of the country went to the house of the queen. " * 40)
+    argv = ["--window", "64", "--max-tokens", "128", "256", "--bits", "4", "--groups", "64"]
+    argv += ["--calibration", str(calibration), "--calibration-windows", "2", "--seeds", "1"]
+    argv += ["--methods", "nf", "GPTQ int (re-created)"]
+    here, there = tmp_path / "here.json", tmp_path / "there.json"
+    bench_quality.main([*argv, "--json", str(here)])
+    bench_quality.main([*argv, "--json", str(there), "--workers", "2"])
+
+    def by_case(path):
+        varies = ("seconds", "machine")
+        return {
+            tuple(r[k] for k in ("method", "text", "tokens")): {
+                k: v for k, v in r.items() if k not in varies
+            }
+            for r in json.loads(path.read_text())
+        }
+
+    expected, found = by_case(here), by_case(there)
+    assert len(expected) == 3 * 2 * 2
+    assert {tokens for _, _, tokens in expected} == {126, 252}
+    assert expected.keys() == found.keys()
+    for key, record in expected.items():
+        same = {k: v for k, v in record.items() if isinstance(v, (str, int, type(None)))}
+        assert same.items() <= found[key].items()
+        assert found[key]["kl"] == pytest.approx(record["kl"], rel=1e-2, abs=1e-6)
+    kept = [r for r in json.loads(here.read_text()) if r["method"] != "nf"]
+    here.write_text(json.dumps(kept))
+    bench_quality.main([*argv, "--json", str(here), "--append"])
+    assert by_case(here).keys() == expected.keys()
+    assert json.loads(here.read_text())[: len(kept)] == kept
+    capsys.readouterr()
+    here.unlink()
+    bench_quality.main([*argv, "--json", str(here), "--budget", "0"])
+    assert not here.exists()
+    assert "3 of 3 cases were not measured; go on with --append." in capsys.readouterr().out
+
+
+def test_a_case_that_fails_in_a_worker_is_told_and_the_others_are_measured(tmp_path, capfd):
+    from quality_workers import run_in_workers
+
+    jobs = [("good", 1), ("bad", 2), ("good", 3)]
+    makers = {"good": Doubles, "bad": Fails}
+    found = dict(run_in_workers(makers, jobs, deadline=None, workers=2))
+    assert found == {("good", 1): [{"twice": 2}], ("good", 3): [{"twice": 6}]}
+    assert "2 failed:" in capfd.readouterr().err
+
+
+class Doubles:
+    def records(self, case):
+        yield {"twice": 2 * case}
+
+
+class Fails:
+    def records(self, case):
+        raise ValueError(f"case {case} cannot be measured")
+
+
+def test_what_is_wanted_most_comes_first():
+    args = SimpleNamespace(groups=(32, 64, 128), seeds=(0, 1))
+    cases = cases_of(["nf", "gptq"], (3,), args.groups, calibration=True, seeds=args.seeds)
+    ordered = sorted(cases, key=lambda case: bench_quality.first_of_all(case, args))
+    assert [(c.group, c.seed) for c in ordered[:3]] == [(64, None), (64, 0), (64, 1)]
+    assert {c.group for c in ordered[3:]} == {32, 128}
+
+
 # ---- plots
 
 
@@ -255,3 +323,12 @@ def test_the_readme_has_the_figures_that_are_kept():
     readme = (ROOT / "README.md").read_text()
     for line in plot_quality.markdown(kept, "llama-demo-7m", "wikitext2").splitlines():
         assert line in readme, "paste what benchmarks/plot_quality.py prints into the README"
+
+
+def test_figures_are_of_the_most_tokens_that_were_measured():
+    records = [
+        record(method=method, kind=kind, tokens=tokens)
+        for tokens in (8184, 61380)
+        for method, kind in (("bf16", "dense"), ("nf", "method"))
+    ]
+    assert [r["tokens"] for r in plot_quality.longest(records)] == [61380, 61380]

@@ -13,7 +13,7 @@ from torch import Tensor
 import flute
 from flute.blockwise import quantize_by_hessian
 from flute.errors import FormatError
-from flute.format import CheckpointConfig, QuantSpec
+from flute.format import CheckpointConfig, QuantizedWeight, QuantSpec
 from flute.methods import BY_HESSIAN, fit, gptq, hessian, lnq, mse
 from flute.tables import get_table
 
@@ -108,6 +108,7 @@ def test_the_methods_stand_in_their_order(num_bits):
 def test_no_step_of_lnq_raises_the_error(num_bits, per_row):
     weight, H = problem(24, 192)
     full = hessian.damped(H)
+    part = lnq.Part(slice(0, 24), weight, full)
     start = gptq.quantize(weight, H, QuantSpec(num_bits, 64), None, torch.float32)
     entries = start.table.expand(24, -1) if per_row else start.table
     ranks, scales = start.codes.long(), start.scales
@@ -119,11 +120,11 @@ def test_no_step_of_lnq_raises_the_error(num_bits, per_row):
 
     errors = [error()]
     for _ in range(3):
-        entries, ranks = lnq._fit_entries(weight, full, entries, ranks, scales)
+        entries, ranks = lnq._fit_entries([part], entries, ranks, scales)
         errors.append(error())
-        scales = lnq._fit_scales(weight, full, entries, ranks, scales)
+        scales = lnq._fit_scales(part, entries, ranks, scales)
         errors.append(error())
-        ranks = lnq._descend(weight, full, entries, ranks, scales)
+        ranks = lnq._descend(part, entries, ranks, scales)
         errors.append(error())
     assert all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(errors)), errors
     assert errors[-1] < 0.95 * errors[0]
@@ -134,7 +135,8 @@ def test_lnq_solves_for_the_table_exactly():
     weight, H = problem(6, 64)
     start = gptq.quantize(weight, H, QuantSpec(2, 32), None, torch.float32)
     full, scales = hessian.damped(H), start.scales.repeat_interleave(32, 1)
-    entries, ranks = lnq._fit_entries(weight, full, start.table, start.codes.long(), start.scales)
+    part = lnq.Part(slice(0, 6), weight, full)
+    entries, ranks = lnq._fit_entries([part], start.table, start.codes.long(), start.scales)
     root = torch.linalg.cholesky(full.double()).T
     onehot = torch.nn.functional.one_hot(start.codes.long(), 4).double() * scales[:, :, None]
     design = (root @ onehot).flatten(0, 1)
@@ -144,6 +146,47 @@ def test_lnq_solves_for_the_table_exactly():
     assert torch.equal(entries[0][ranks], exact.float()[start.codes.long()]) or torch.allclose(
         entries[0][ranks], exact.float()[start.codes.long()], atol=1e-4
     )
+
+
+@pytest.mark.parametrize("table_scope", ["tensor", "row"])
+def test_groups_of_rows_with_hessians_of_their_own(table_scope):
+    """With a table per row each group is what it is by itself; a shared one serves all groups."""
+    weight, _ = problem(24, 128)
+    hessians = torch.stack([problem(24, 128, seed)[1] * (1 + seed) for seed in (3, 4, 5)])
+    quantized = flute.quantize(
+        weight, 3, method="lnq", hessian=hessians, table_scope=table_scope, table="nf"
+    )
+    swapped = flute.quantize(
+        weight, 3, method="lnq", hessian=hessians.roll(1, 0), table_scope=table_scope, table="nf"
+    )
+    for i, own in enumerate(hessians):
+        rows = slice(8 * i, 8 * i + 8)
+        alone = flute.quantize(
+            weight[rows], 3, method="lnq", hessian=own, table_scope=table_scope, table="nf"
+        )
+        errors = [
+            output_error(weight[rows], own, values)
+            for values in (alone, part_of(quantized, rows), part_of(swapped, rows))
+        ]
+        if table_scope == "row":
+            assert torch.equal(quantized.codes[rows], alone.codes)
+            assert torch.allclose(quantized.table[rows], alone.table, atol=1e-5)
+        assert errors[1] < 1.1 * errors[0]
+        assert errors[1] < 0.9 * errors[2]
+
+
+def part_of(quantized, rows):
+    table = quantized.table if len(quantized.table) == 1 else quantized.table[rows]
+    return QuantizedWeight(quantized.codes[rows], quantized.scales[rows], table, quantized.spec)
+
+
+@pytest.mark.parametrize("method", BY_HESSIAN)
+def test_one_hessian_per_group_of_rows_equals_one_for_all_if_they_are_equal(method):
+    weight, H = problem(24, 128)
+    whole = flute.quantize(weight, 3, method=method, hessian=H, table="nf")
+    parts = flute.quantize(weight, 3, method=method, hessian=H.expand(3, -1, -1), table="nf")
+    assert torch.equal(whole.codes, parts.codes)
+    assert torch.equal(whole.scales, parts.scales)
 
 
 @pytest.mark.parametrize("method", BY_HESSIAN)

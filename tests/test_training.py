@@ -17,7 +17,7 @@ from flute.errors import FormatError
 from flute.methods.nfl import LearnedWeight
 from flute.model import QuantizeOptions
 from flute.stream import quantize_checkpoint
-from flute.training import LearnOptions, _split, learn_block
+from flute.training import LearnOptions, learn_block, split_windows
 
 
 def windows(count: int = 9) -> torch.Tensor:
@@ -115,8 +115,8 @@ def test_what_does_not_hold_on_other_windows_is_dropped():
 
 
 def test_windows_held_back():
-    assert _split(17) == ([0, 8, 16], [i for i in range(17) if i % 8])
-    assert _split(1) == ([0], [0])
+    assert split_windows(17) == ([0, 8, 16], [i for i in range(17) if i % 8])
+    assert split_windows(1) == ([0], [0])
 
 
 # ---- a model

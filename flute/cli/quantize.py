@@ -126,6 +126,12 @@ def add_parser(commands: Any) -> None:
     calibration.add_argument(
         "--seed", type=int, default=0, metavar="N", help="which pieces of the text (default 0)"
     )
+    calibration.add_argument(
+        "--guided",
+        action="store_true",
+        help="gptq, lnq: count errors by what they cost the whole model, measured by one backward "
+        "pass over the samples; the dense model must fit into memory",
+    )
     learning = parser.add_argument_group("learning, for nfl")
     learning.add_argument(
         "--learn-from",
@@ -135,7 +141,16 @@ def add_parser(commands: Any) -> None:
     )
     learning.add_argument("--learn-tables", action="store_true", help="learn the tables too")
     learning.add_argument(
-        "--steps", type=int, metavar="N", help="per block (default: each sample is seen once)"
+        "--learn-end-to-end",
+        action="store_true",
+        help="learn all blocks at once, on the KL divergence of the model's output; the dense "
+        "model and twice its quantised layers must fit into memory",
+    )
+    learning.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="per block, or end to end (default: each sample is seen once)",
     )
     learning.add_argument(
         "--batch", type=int, metavar="N", help=f"samples per step (default {LearnOptions.batch})"
@@ -195,6 +210,7 @@ def _learn_options(args: argparse.Namespace) -> LearnOptions | None:
         "batch": args.batch,
         "learning_rate": args.learning_rate,
         "tables": args.learn_tables or None,
+        "end_to_end": args.learn_end_to_end or None,
     }
     said = {key: value for key, value in given.items() if value is not None}
     return LearnOptions(**said) if said else None
@@ -247,6 +263,7 @@ def run(args: argparse.Namespace) -> int:
         args.table_scope,
         _learn_options(args),
         hadamard=args.hadamard,
+        guided=args.guided,
     )
     is_mixed = args.bits != base_bits
     if not is_mixed or args.method in CALIBRATED:

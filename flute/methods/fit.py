@@ -75,8 +75,8 @@ def _alternate(weight: Tensor, spec: QuantSpec, start: Tensor, importance: Tenso
         scales = torch.where(norms > 0, (h * groups * values).sum(2) / norms, scales)
         s = scales.unsqueeze(2)
         above, below = h * s * groups, (h * s * s).expand_as(groups)
-        mass = _sum_by_rank(ranks, below, table.shape[1])
-        means = _sum_by_rank(ranks, above, table.shape[1]) / mass
+        mass = sum_by_rank(ranks, below, table.shape[1])
+        means = sum_by_rank(ranks, above, table.shape[1]) / mass
         entries = torch.where(mass > 0, means, table[0])
         reach = torch.where(mass > 0, entries.abs(), 0).max()  # of those that a weight takes
         reach = torch.where(reach > 0, reach, 1)
@@ -85,7 +85,7 @@ def _alternate(weight: Tensor, spec: QuantSpec, start: Tensor, importance: Tenso
     return table
 
 
-def _sum_by_rank(ranks: Tensor, values: Tensor, num_ranks: int) -> Tensor:
+def sum_by_rank(ranks: Tensor, values: Tensor, num_ranks: int) -> Tensor:
     """Sum values by their ranks: shape (num_ranks,), the same from run to run."""
     if ranks.device.type == "cpu":  # on a GPU the order of its sums differs
         sums = torch.bincount(ranks.flatten(), values.flatten(), minlength=num_ranks)

@@ -20,7 +20,7 @@ from torch import Tensor
 from flute.format import WHOLE_ROW, QuantizedWeight, QuantSpec
 from flute.methods.absmax import storable_scales
 from flute.methods.fit import fit_table, sample_rows
-from flute.methods.hessian import DAMPING, check_hessian, factored
+from flute.methods.hessian import DAMPING, check_hessian, factored, row_groups
 from flute.methods.mse import group_scales
 from flute.methods.nearest import midpoints
 from flute.tables import get_table
@@ -45,7 +45,8 @@ def quantize(
 
     Args:
         weight: fp32, finite, shape (N, K); on the CPU or a GPU.
-        hessian: sum (or mean) of x x' over calibration inputs, shape (K, K), on the same device.
+        hessian: sum (or mean) of x x' over calibration inputs, shape (K, K), or (groups, K, K) of
+            groups of rows (`hessian.row_groups`), on the same device.
         spec: bits and group size; K is a multiple of the group.
         table: fp32, shape (1 | N, 2**num_bits); None fits one to this weight (`fit_table`).
         scale_dtype: dtype of the scales; codes are chosen for the scale as stored.
@@ -67,7 +68,20 @@ def quantize(
     length = spec.group_length(K)
     if table is None:
         start = get_table("bof-s", spec.num_bits, spec.group_size).to(weight.device)
-        table = fit_table(weight[sample_rows(N, K)], spec, start, hessian.diagonal())
+        activity = hessian.view(-1, K, K).diagonal(dim1=1, dim2=2).mean(0)
+        table = fit_table(weight[sample_rows(N, K)], spec, start, activity)
+    if hessian.ndim == 3:
+        parts = [
+            quantize(
+                *(weight[rows], own, spec, table[rows] if len(table) > 1 else table, scale_dtype),
+                damping=damping,
+                name=name,
+                reorder=reorder,
+            )
+            for rows, own in row_groups(N, hessian)
+        ]
+        codes, scales = torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts])
+        return QuantizedWeight(codes, scales, table, spec)
     order, group_order = _column_order(hessian, length, reorder)
     _, upper, _ = factored(hessian[order][:, order], damping, name)
     entries, code_of_rank = table.sort(dim=1, stable=True)
@@ -98,17 +112,18 @@ def quantize(
     return QuantizedWeight(codes, scales, table, spec)
 
 
-def ranks_of(values: Tensor, bounds: Tensor) -> Tensor:
+def ranks_of(values: Tensor, bounds: Tensor, out: Tensor | None = None) -> Tensor:
     """Count the bounds below each value: (N,) and ascending (1 | N, T - 1) -> int64 (N,)."""
     if bounds.shape[0] == 1:
-        return torch.bucketize(values, bounds[0])
-    return torch.searchsorted(bounds, values.unsqueeze(1))[:, 0]
+        return torch.bucketize(values, bounds[0], out=out)
+    column = None if out is None else out.unsqueeze(1)
+    return torch.searchsorted(bounds, values.unsqueeze(1), out=column)[:, 0]
 
 
 def entry_of(entries: Tensor, ranks: Tensor) -> Tensor:
     """Look ranks (N,) up in (1 | N, T) entries: shape (N,)."""
     if entries.shape[0] == 1:
-        return entries[0][ranks]
+        return entries[0].index_select(0, ranks)
     return entries.gather(1, ranks.unsqueeze(1))[:, 0]
 
 

@@ -4,12 +4,14 @@ For inputs x of a layer, rows of X (tokens, K), the output's squared error of a 
 
     ||X (w - q)||^2 = (w - q) H (w - q)',   H = X' X   (K, K)
 
-Only H's direction matters, so it is scaled to a mean diagonal of 1 before it is damped.
+Only H's direction matters, so it is scaled to a mean diagonal of 1 before it is damped. Guided
+weighting (`flute.guidance`) gives each group of outputs its own, X' diag(g^2) X: (groups, K, K).
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -25,17 +27,35 @@ def check_hessian(hessian: Tensor, K: int) -> None:
     """Check a Hessian's shape and values.
 
     Raises:
-        FormatError: not (K, K), a negative diagonal, or NaN or Inf in it.
+        FormatError: not (K, K) or (groups, K, K), a negative diagonal, or NaN or Inf in it.
     """
-    if hessian.shape != (K, K):
+    if hessian.ndim not in (2, 3) or hessian.shape[-2:] != (K, K):
         raise FormatError(
             f"`hessian` has shape {tuple(hessian.shape)}; expected (K, K) = ({K}, {K}), the sum of "
             "x x' over calibration inputs."
         )
     if not all(bool(torch.isfinite(end)) for end in hessian.aminmax()):
         raise FormatError("`hessian` holds NaN or Inf: so did the layer's calibration inputs.")
-    if bool((hessian.diagonal() < 0).any()):
+    if bool((hessian.diagonal(dim1=-2, dim2=-1) < 0).any()):
         raise FormatError("`hessian` has a negative diagonal; expected the sum of x x'.")
+
+
+def row_groups(N: int, hessian: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the rows of a weight (N, K) that share a Hessian, and that one, shape (K, K).
+
+    Args:
+        N: rows of the weight.
+        hessian: (K, K) of all rows, or (groups, K, K): of consecutive groups of rows, as equal as
+            `torch.tensor_split` makes them.
+    """
+    if hessian.ndim == 2:
+        yield slice(0, N), hessian
+        return
+    start = 0
+    for rows, own in zip(torch.arange(N).tensor_split(len(hessian)), hessian, strict=True):
+        if len(rows):
+            yield slice(start, start + len(rows)), own
+        start += len(rows)
 
 
 def damped(hessian: Tensor, damping: float = DAMPING) -> Tensor:

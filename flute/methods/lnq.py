@@ -15,6 +15,9 @@ the codes go through one more descent.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -22,7 +25,7 @@ from flute.format import QuantizedWeight, QuantSpec
 from flute.methods import gptq
 from flute.methods.absmax import storable_scales
 from flute.methods.gptq import entry_of, ranks_of
-from flute.methods.hessian import DAMPING, check_hessian, factored
+from flute.methods.hessian import DAMPING, check_hessian, factored, row_groups
 from flute.methods.nearest import midpoints
 
 _ROUNDS = 4
@@ -52,7 +55,8 @@ def quantize(
 
     Args:
         weight: fp32, finite, shape (N, K); on the CPU or a GPU.
-        hessian: sum (or mean) of x x' over calibration inputs, shape (K, K), on the same device.
+        hessian: sum (or mean) of x x' over calibration inputs, shape (K, K), or (groups, K, K) of
+            groups of rows (`hessian.row_groups`), on the same device.
         spec: bits and group size; K is a multiple of the group.
         table: where the table starts, fp32, shape (1 | N, 2**num_bits); None fits one first.
         scale_dtype: dtype of the scales; codes are chosen for the scale as stored.
@@ -69,27 +73,58 @@ def quantize(
 
     Reference: Kim et al. 2025 (GuidedQuant), arXiv 2505.07004, section 4; the scales are ours.
     """
-    N = len(weight)
-    check_hessian(hessian, weight.shape[1])
-    full, _, used = factored(hessian, damping, name)
+    N, K = weight.shape
+    check_hessian(hessian, K)
+    parts, used = _split(weight, hessian, damping, name)
     start = gptq.quantize(weight, hessian, spec, table, scale_dtype, damping=used, name=name)
     entries, code_of_rank = start.table.sort(dim=1, stable=True)
-    rank_of_code = code_of_rank.argsort(dim=1)
-    ranks = rank_of_code.expand(N, -1).gather(1, start.codes.long())
+    ranks = code_of_rank.argsort(dim=1).expand(N, -1).gather(1, start.codes.long())
     if per_row:
         entries = entries.expand(N, -1)
     scales = start.scales.float()
     for _ in range(_ROUNDS):
-        entries, ranks = _fit_entries(weight, full, entries, ranks, scales)
-        scales = _fit_scales(weight, full, entries, ranks, scales)
+        entries, ranks = _fit_entries(parts, entries, ranks, scales)
+        scales = torch.cat([_fit_scales(part, entries, ranks, scales) for part in parts])
         for _ in range(_SWEEPS):
-            ranks = _descend(weight, full, entries, ranks, scales)
+            ranks = torch.cat([_descend(part, entries, ranks, scales) for part in parts])
     reach = entries.abs().amax(1, keepdim=True)
     reach = torch.where(reach > 0, reach, 1)
     entries, scales = entries / reach, scales * reach
     stored = storable_scales(scales, scale_dtype)
-    ranks = _descend(weight, full, entries, ranks, stored.float())
+    ranks = torch.cat([_descend(part, entries, ranks, stored.float()) for part in parts])
     return QuantizedWeight(ranks.to(torch.uint8), stored, entries.contiguous(), spec)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of the weight that share a Hessian.
+
+    Args:
+        rows: where they are.
+        weight: these rows, shape (n, K).
+        full: their damped Hessian, mean diagonal 1, shape (K, K).
+        share: how much an error counts here, where parts share a table.
+    """
+
+    rows: slice
+    weight: Tensor
+    full: Tensor
+    share: float = 1.0
+
+    def of(self, entries: Tensor) -> Tensor:
+        """Return the tables (1 | N, T) of these rows."""
+        return entries if entries.shape[0] == 1 else entries[self.rows]
+
+
+def _split(weight: Tensor, hessian: Tensor, damping: float, name: str) -> tuple[list[Part], float]:
+    """Return the parts of a weight, and the damping that each of their Hessians can bear."""
+    parts, used, total = [], damping, float(hessian.diagonal(dim1=-2, dim2=-1).double().mean())
+    for rows, own in row_groups(len(weight), hessian):
+        full, _, needed = factored(own, damping, name)
+        share = float(own.diagonal().double().mean()) / total if total > 0 else 1.0
+        parts.append(Part(rows, weight[rows], full, share))
+        used = max(used, needed)
+    return parts, used
 
 
 def values_of(entries: Tensor, ranks: Tensor) -> Tensor:
@@ -101,82 +136,96 @@ def _per_column(scales: Tensor, K: int) -> Tensor:
     return scales.repeat_interleave(K // scales.shape[1], 1)
 
 
-def _fit_entries(
-    weight: Tensor, full: Tensor, entries: Tensor, ranks: Tensor, scales: Tensor
+def _normal_equations(
+    part: Part, entries: Tensor, ranks: Tensor, scales: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the tables of least error for codes and scales, ascending, and the codes' new ranks.
+    """Return A H A' and A H w of the rows of a part, fp64, shapes (n, T, T) and (n, T).
 
-    A table is shared by all rows if ``entries`` has one row.
+    Their sums over the rows, with a first dimension of 1, if ``entries`` has one row.
     """
-    N, K = weight.shape
-    T = entries.shape[1]
-    column_scales, target = _per_column(scales, K), weight @ full
+    K, T = part.weight.shape[1], entries.shape[1]
+    ranks, target = ranks[part.rows], part.weight @ part.full
+    column_scales = _per_column(scales[part.rows], K)
     grams, sides = [], []
     step = max(1, _SCRATCH // (T * K))
-    for first in range(0, N, step):
-        part = slice(first, first + step)
-        s, codes = column_scales[part], ranks[part]
-        chosen = torch.zeros(len(codes), T, K, dtype=weight.dtype, device=weight.device)
+    for first in range(0, len(ranks), step):
+        some = slice(first, first + step)
+        s, codes = column_scales[some], ranks[some]
+        chosen = torch.zeros(len(codes), T, K, dtype=s.dtype, device=s.device)
         chosen.scatter_(1, codes.unsqueeze(1), s.unsqueeze(1))
-        grams.append((chosen.view(-1, K) @ full).view(chosen.shape) @ chosen.transpose(1, 2))
-        sides.append((chosen @ target[part].unsqueeze(2)).squeeze(2))
+        grams.append((chosen.view(-1, K) @ part.full).view(chosen.shape) @ chosen.transpose(1, 2))
+        sides.append((chosen @ target[some].unsqueeze(2)).squeeze(2))
         if entries.shape[0] == 1:
             grams[-1], sides[-1] = grams[-1].sum(0, keepdim=True), sides[-1].sum(0, keepdim=True)
     gram, side = torch.cat(grams).double(), torch.cat(sides).double()
     if entries.shape[0] == 1:
         gram, side = gram.sum(0, keepdim=True), side.sum(0, keepdim=True)
+    return gram, side
+
+
+def _fit_entries(
+    parts: Sequence[Part], entries: Tensor, ranks: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the tables of least error for codes and scales, ascending, and the codes' new ranks.
+
+    A table is shared by all rows if ``entries`` has one row.
+    """
+    systems = [_normal_equations(part, entries, ranks, scales) for part in parts]
+    if entries.shape[0] == 1:
+        systems = [
+            (gram * p.share, side * p.share) for (gram, side), p in zip(systems, parts, strict=True)
+        ]
+        gram, side = (torch.stack(column).sum(0) for column in zip(*systems, strict=True))
+    else:
+        gram, side = (torch.cat(column) for column in zip(*systems, strict=True))
     ridge = _RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
     gram.diagonal(dim1=1, dim2=2).add_(ridge.unsqueeze(1))
     side += ridge.unsqueeze(1) * entries
     fitted = torch.linalg.solve(gram, side.unsqueeze(2)).squeeze(2).float()
     fitted = torch.where(torch.isfinite(fitted).all(1, keepdim=True), fitted, entries)
     ascending, order = fitted.sort(dim=1, stable=True)
-    return ascending, order.argsort(dim=1).expand(N, -1).gather(1, ranks)
+    return ascending, order.argsort(dim=1).expand(len(ranks), -1).gather(1, ranks)
 
 
-def _fit_scales(
-    weight: Tensor, full: Tensor, entries: Tensor, ranks: Tensor, scales: Tensor
-) -> Tensor:
-    """Return the scales of least error for codes and table, each given those before it."""
-    K = weight.shape[1]
+def _fit_scales(part: Part, entries: Tensor, ranks: Tensor, scales: Tensor) -> Tensor:
+    """Return the scales of a part's rows of least error, each given those before it."""
+    K = part.weight.shape[1]
+    scales = scales[part.rows].clone()
     length = K // scales.shape[1]
-    values = values_of(entries, ranks)
-    errors = weight - values * _per_column(scales, K)
-    scales = scales.clone()
+    values = values_of(part.of(entries), ranks[part.rows])
+    errors = part.weight - values * _per_column(scales, K)
     for g in range(scales.shape[1]):
         columns = slice(g * length, (g + 1) * length)
         c = values[:, columns]
-        norm = ((c @ full[columns, columns]) * c).sum(1)
-        gradient = (c * (errors @ full[:, columns])).sum(1)
+        norm = ((c @ part.full[columns, columns]) * c).sum(1)
+        gradient = (c * (errors @ part.full[:, columns])).sum(1)
         change = torch.where(norm > 0, gradient / norm, 0)
         scales[:, g] += change
         errors[:, columns] -= c * change.unsqueeze(1)
     return scales
 
 
-def _descend(
-    weight: Tensor, full: Tensor, entries: Tensor, ranks: Tensor, scales: Tensor
-) -> Tensor:
-    """Return better codes: one sweep over the columns, each code the best given all others."""
-    K = weight.shape[1]
+def _descend(part: Part, entries: Tensor, ranks: Tensor, scales: Tensor) -> Tensor:
+    """Return better codes of a part's rows: one sweep, each code the best given all others."""
+    weight, full, entries, scales = part.weight, part.full, part.of(entries), scales[part.rows]
+    N, K = weight.shape
     bounds = midpoints(entries)
-    errors = weight - values_of(entries, ranks) * _per_column(scales, K)
+    errors = weight - values_of(entries, ranks[part.rows]) * _per_column(scales, K)
     scales_by_group = scales.T.contiguous()
     divisors = scales_by_group.masked_fill(scales_by_group == 0, torch.inf)
     length = K // scales.shape[1]
-    ranks = ranks.clone()
+    found = torch.empty(K, N, dtype=torch.int64, device=weight.device)
     for first in range(0, K, _BLOCK):
         block = slice(first, min(first + _BLOCK, K))
-        pull = (errors @ full[:, block]).T.contiguous()
-        within, dense = full[block, block], weight[:, block].T.contiguous()
-        old = errors[:, block].T.contiguous()
-        changes = torch.empty_like(old)
-        for i in range(len(old)):
+        within = full[block, block] / full.diagonal()[block]
+        values = (weight[:, block] - errors[:, block]).T.contiguous()
+        aims = torch.addcdiv(values, (errors @ full[:, block]).T, full.diagonal()[block, None])
+        changes = torch.empty_like(values)
+        for i in range(len(values)):  # few and small steps: their number decides how long it takes
             g = (first + i) // length
-            felt = pull[i] + changes[:i].T @ within[:i, i]
-            target = dense[i] + felt / within[i, i] - old[i]
-            rank = ranks_of(target / divisors[g], bounds)
-            changes[i] = dense[i] - entry_of(entries, rank) * scales_by_group[g] - old[i]
-            ranks[:, first + i] = rank
+            aim = torch.addmv(aims[i], changes[:i].T, within[:i, i]).div_(divisors[g])
+            rank = ranks_of(aim, bounds, found[first + i])
+            entry = entry_of(entries, rank)
+            torch.addcmul(values[i], entry, scales_by_group[g], value=-1, out=changes[i])
         errors[:, block] += changes.T
-    return ranks
+    return found.T.contiguous()
