@@ -419,6 +419,14 @@ def test_greedy_text_is_that_of_transformers(quantised, tmp_path, num_bits, opti
     assert served == transformers_tokens(quantised[num_bits])
 
 
+def test_greedy_text_by_the_kernels_of_a_cpu_is_that_of_transformers(
+    quantised, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("FLUTE_CPU_VARIANT")
+    served = serve(quantised[4], tmp_path, dtype="float32")
+    assert served == transformers_tokens(quantised[4])
+
+
 class Adapted(torch.nn.Module):
     """A layer with a LoRA adapter, as its paper has it."""
 
