@@ -3,7 +3,8 @@
 Methods take turns, so that what else the machine does hits all; a ratio is the median over rounds
 of (their time / our time) within a round. With one thread time is that thread's on a CPU, which
 other processes do not lengthen by taking the core. Weights rotate over copies that do not fit the
-caches (bitsandbytes' does not). Each product is held against fp64 before it is timed. The read
+caches (bitsandbytes' does not). After the reads, which make the next 0.2 ms slow, comes torch's
+bf16, for which that is little. Each product is held against fp64 before it is timed. The read
 bandwidth is that of summing 256 MB in the same rounds; shares of it are by the best
 rounds, and by medians. llama.cpp is measured with --ggml FOLDER (`ggml.py`).
 
@@ -132,11 +133,11 @@ def measure(
                 error = float((out - exact).norm() / exact.norm())
                 assert error < 1e-2, f"a product is wrong: {error}"
             methods: dict[str, Callable[[int], object]] = {"read": lambda i: buffer.sum()}
+            methods |= {name: lambda i, f=f, x=x: f(x, i) for name, f in others.items()}
             methods |= {
                 f"flute {b}": lambda i, c=c, x=x: library.multiply(x, c[i % len(c)], None)
                 for b, (c, _) in weights.items()
             }
-            methods |= {name: lambda i, f=f, x=x: f(x, i) for name, f in others.items()}
             times: dict[str, list[float]] = {name: [] for name in methods}
             for i in range((rounds if M < 128 else max(2, rounds // 3)) + 1):
                 for name, method in methods.items():

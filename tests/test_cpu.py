@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
 
 import pytest
 import torch
@@ -270,6 +271,14 @@ def test_exact_by_argument_and_by_environment(monkeypatch):
     assert relative_error(model(x), exact) <= 1e-6
     monkeypatch.setenv("FLUTE_CPU_EXACT", "1")
     assert relative_error(cpu.multiply(x, ordered(weight), None), exact) <= 1e-6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for large pages")
+def test_codes_of_a_large_weight_begin_at_a_large_page():
+    weight = random_weight(2048, 4096, QuantSpec(4, 128))
+    in_order = ordered(weight)
+    assert in_order.packed.data_ptr() % (2 << 20) == 0
+    assert torch.equal(cpu.restore(in_order).packed, packed_weight(weight).packed)
 
 
 # ---- layers

@@ -250,10 +250,13 @@ def _large_pages(num_bytes: int) -> Tensor:
     """
     if sys.platform != "linux" or num_bytes < _LARGE_PAGE:
         return torch.empty(num_bytes, dtype=torch.uint8)
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # The address space of one page more lets it begin at one; untouched, that takes no memory.
+    memory = mmap.mmap(-1, num_bytes + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _LARGE_PAGE
+    pages = (num_bytes + _LARGE_PAGE // 2) // _LARGE_PAGE  # the last, if half of it is used
     with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+        memory.madvise(mmap.MADV_HUGEPAGE, start, pages * _LARGE_PAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8, count=num_bytes, offset=start)
 
 
 def restore(weight: PackedWeight) -> PackedWeight:

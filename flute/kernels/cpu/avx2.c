@@ -48,6 +48,9 @@ INLINE __m256 value_of(const __m256i w[4], const int bits, const int i, __m256 l
                           _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
 
+/* A sum as it is now: else gcc adds products to one another first, keeps them all, and so spills. */
+#define IN_TURN(sum) __asm__("" : "+x"(sum))
+
 /* Tables of bytes, twice each: 4 bits: low, high; 3 bits: both in one; 2 bits: of the first code of a
    pair low, high, of the second low, high. */
 INLINE void byte_tables(const struct tiles *a, int bits, __m256i tables[4]) {
@@ -98,6 +101,7 @@ INLINE void fixed(const struct tiles *a, float *sums, const int bits, const int 
               memcpy(&pair, x + m * UNIT + 2 * i, 4);
               __m256i product = _mm256_madd_epi16(values, _mm256_set1_epi32(pair));
               sum[m][i & 1] = _mm256_add_epi32(sum[m][i & 1], product);
+              IN_TURN(sum[m][i & 1]);
             }
           }
           continue;
@@ -119,6 +123,8 @@ INLINE void fixed(const struct tiles *a, float *sums, const int bits, const int 
               __m256i xs = _mm256_set1_epi64x(four);
               sum[m][0] = _mm256_add_epi32(sum[m][0], _mm256_madd_epi16(one, xs));
               sum[m][1] = _mm256_add_epi32(sum[m][1], _mm256_madd_epi16(two, xs));
+              IN_TURN(sum[m][0]);
+              IN_TURN(sum[m][1]);
             }
           }
         }
