@@ -359,11 +359,12 @@ def first_windows(result: Perplexity, count: int) -> Perplexity:
     return Perplexity(result.losses[:count], result.window, result.seconds)
 
 
-def make_dense(model: nn.Module) -> None:
+def make_dense(model: Any) -> None:
     """Put dense layers of the dequantised weights in place of quantised ones."""
+    dtype = model.get_input_embeddings().weight.dtype
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LutLinear):
-            weight = layer.dequantize(torch.bfloat16 if layer.bias is None else layer.bias.dtype)
+            weight = layer.dequantize(dtype)
             linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
             linear.weight, linear.bias = nn.Parameter(weight), layer.bias
             model.set_submodule(name, linear)

@@ -19,6 +19,7 @@ from bench_quality import Case, Remembered, cases_of, collect_hessians, draw, qu
 
 from flute.divergence import divergence
 from flute.evaluate import relative_error
+from flute.linear import LutLinear
 
 WEIGHT = torch.randn(48, 256, generator=torch.Generator().manual_seed(0))
 
@@ -211,6 +212,26 @@ def test_workers_measure_the_same_and_a_later_run_goes_on(tmp_path, capsys):
     bench_quality.main([*argv, "--json", str(here), "--budget", "0"])
     assert not here.exists()
     assert "3 of 3 cases were not measured; go on with --append." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_dense_layers_in_place_of_quantised_ones_compute_the_same(kind):
+    model, _, _ = quantized_copy(
+        tiny_model(kind, dtype=torch.float32), Case("mse", "method", 3, 32), None, None
+    )
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LutLinear)}
+    biased = [name for name, layer in layers.items() if layer.bias is not None]
+    assert bool(biased) is (kind == "qwen2")
+    values = {name: layer.dequantize(torch.float32) for name, layer in layers.items()}
+    ids = torch.arange(24)[None]
+    logits = model(input_ids=ids).logits
+    bench_quality.make_dense(model)
+    for name, expected in values.items():
+        linear = model.get_submodule(name)
+        assert type(linear) is torch.nn.Linear
+        assert torch.equal(linear.weight, expected)
+        assert (linear.bias is not None) is (name in biased)
+    assert torch.allclose(model(input_ids=ids).logits, logits, rtol=1e-2, atol=1e-3)
 
 
 def test_a_case_that_fails_in_a_worker_is_told_and_the_others_are_measured(tmp_path, capfd):
