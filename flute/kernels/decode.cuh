@@ -44,10 +44,17 @@
 //              registers: `x_stage` times that, where partials come later
 //
 // Time line with programmatic dependent launch (sm_90). Everything left of `wait` overlaps the
-// previous kernel, which needs room for two blocks per SM (MIN_BLOCKS = 2: half the shared memory,
-// half the registers):
+// previous kernel. With room for two blocks per SM (MIN_BLOCKS = 2: half the shared memory, half
+// the registers):
 //
 //   fill rings | build table | wait for previous kernel | x -> smem | tile blocks ... | sum, store
+//
+// Else a block starts when the last one on its SM has left, and the last of all start so late that
+// they need not wait: `wait` comes before `build table`, so that x flies meanwhile.
+//
+// Before the first product each instruction counts, since all warps execute it and it is in no
+// instruction cache: hence no divisions, tiles split by the host, and phases in kernels of their
+// own.
 //
 // Reproducible: each sum has one fixed order; no atomics. Minimum: sm_80 (AsyncRing, CLUSTER = 1),
 // sm_90 (BulkRing). Ideas: pair table, FLUTE (arXiv 2407.10960); bulk copies and mbarriers,
@@ -60,14 +67,11 @@
 
 namespace flute {
 
-// The tables of a lane in registers.
-template <class D>
-using InRegisters = RegisterTables<D::kBits, D::kRowTables>;
-
 // The fragments of chunk `chunk` of a panel.
 template <class D>
 FLUTE_DEVICE void look_up(u32 (&a)[4][4], const u32 (&words)[D::Table::kWords],
-                          const InRegisters<D>& registers, u32 smem_table, u32 offset, int chunk) {
+                          const RegisterTable<D::kBits>& registers, u32 smem_table, u32 offset,
+                          int chunk) {
   if constexpr (D::kBits == 4 && D::kRowTables) {
     D::Table::row_fragments(a, words, smem_table, offset);
   } else if constexpr (D::kBits == 4) {
@@ -102,8 +106,8 @@ FLUTE_DEVICE void look_up(u32 (&a)[4][4], const u32 (&words)[D::Table::kWords],
 template <class D, int ROUND>
 FLUTE_DEVICE void multiply_slot(float (&acc)[D::kColumns][4], const XFragments<D>& x,
                                 typename D::Ring& ring, Cursor<D>& next, const DecodeParams& p,
-                                const InRegisters<D>& registers, u32 smem_table, u32 offset,
-                                int lane) {
+                                const RegisterTable<D::kBits>& registers, u32 smem_table,
+                                u32 offset, int lane) {
   using Table = typename D::Table;
   // Why in parts: more words at once cost registers, which spill (M > 8, or groups of 32).
   constexpr int kPart = D::kPanel < D::kPartChunks ? D::kPanel : D::kPartChunks;
@@ -178,9 +182,9 @@ using TableEntries = Entries<D::kBits, typename D::Act>;
 
 // A table to shared memory, by the whole block, and to registers.
 template <class D>
-FLUTE_DEVICE void spread_table(InRegisters<D>& registers, u32 smem,
+FLUTE_DEVICE void spread_table(RegisterTable<D::kBits>& registers, u32 smem,
                                const TableEntries<D>& entries) {
-  if constexpr (D::kRegisterSteps > 0) registers.tables[0].load(entries);
+  if constexpr (D::kRegisterSteps > 0) registers.load(entries);
   if constexpr (D::kWideTable && !D::kAllInRegisters)
     D::Table::build_wide(smem, entries, threadIdx.x, D::kThreads);
   else if constexpr (!D::kAllInRegisters)
@@ -207,7 +211,7 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
   using Rows = typename D::Rows;
   const int num_blocks = (share.tile_end - share.tile_begin + D::kTiles - 1) / D::kTiles;
   const float* tables = static_cast<const float*>(p.table);
-  InRegisters<D> registers;
+  RegisterTable<D::kBits> registers;
   const auto build_tables = [&] {
     if constexpr (!D::kRowTables) {
       spread_table<D>(registers, smem, TableEntries<D>(entry));
@@ -301,8 +305,6 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
           u32 table = smem;
           if constexpr (D::kRowTables)
             table += turn * D::kBufferBytes + t * D::Table::kRowTableBytes;
-          if constexpr (D::kRowTables && D::kRegisterSteps > 0)
-            registers.template load_rows<typename D::Act>(tables, tile + t, p.shape_n, lane);
           multiply_slot<D, decltype(round)::kValue>(acc[t], x, ring, next, p, registers, table,
                                                     offset, lane);
         }

@@ -10,8 +10,15 @@
 // A PRMT reads the lower half of its selector; `upper_half` brings the other one there by the
 // floating-point unit, which has time, instead of the ALU.
 //
-// With a table per row a lane keeps those of its two rows, g and g + 8, and needs nothing in shared
-// memory but the entries themselves.
+// 57344 x 8192, M = 1, in us, by how many of 8 steps are looked up in registers:
+//
+//            0     1     2     3     4     6     8
+//   2 bits   48.1        42.9        45.4  50.2  55.7
+//   3 bits   53.7  52.2  53.2  54.9  56.9        64.8
+//
+// Also tried: selectors of two steps by one 64-bit IMAD (it blocks dispatch); tables of a lane's
+// own two rows, read anew for each tile (28672 x 4096, 2 bits: 19.5 us, none in registers 17.2).
+// All on an H200, 2026-11-22.
 #pragma once
 #include "lookup.cuh"
 
@@ -47,31 +54,6 @@ struct RegisterTable {
     first = __byte_perm(lows, highs, 0x5140);
     second = __byte_perm(lows, highs, 0x7362);
   }
-};
-
-// The tables of a lane's rows g (h = 0) and g + 8 (h = 1), or the one of both.
-template <int NUM_BITS, bool ROW_TABLES>
-struct RegisterTables {
-  using Table = Lookup<NUM_BITS>;
-  RegisterTable<NUM_BITS> tables[ROW_TABLES ? 2 : 1];
-
-  FLUTE_DEVICE const RegisterTable<NUM_BITS>& of(int h) const { return tables[ROW_TABLES ? h : 0]; }
-
-  // Of the rows of tile `tile`, from global memory (L1, L2).
-  template <class Act>
-  FLUTE_DEVICE void load_rows(const float* all, int tile, int num_rows, int lane) {
-    constexpr int kEntries = 1 << NUM_BITS;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const int row = min(tile * 16 + h * 8 + (lane >> 2), num_rows - 1);
-      const float* table = all + static_cast<long long>(row) * kEntries;
-      u32 v[kEntries / 2];
-#pragma unroll
-      for (int i = 0; i < kEntries / 2; i++)
-        v[i] = table_pair<NUM_BITS, Act>(table, 2 * i | (2 * i + 1) << NUM_BITS);
-      tables[h].set(v);
-    }
-  }
 
   // 2 bits, the two steps of a word. Multiplying by 0x11 doubles the codes of one place in four
   // bytes, which are the selectors of both steps. A register's codes then come from two bytes
@@ -81,17 +63,16 @@ struct RegisterTables {
 #pragma unroll
     for (int i = 0; i < 4; i++) {  // code i / 2 of the pair, row g + 8 * (i % 2)
       const u32 selectors = ((word >> 2 * i) & 0x03030303u) * 0x11u + 0x40404040u;
-      const RegisterTable<NUM_BITS>& table = of(i % 2);
-      a0[i] = ptx::prmt(table.low[0], table.high[0], selectors);
-      a1[i] = ptx::prmt(table.low[0], table.high[0], ptx::upper_half(selectors));
+      a0[i] = ptx::prmt(low[0], high[0], selectors);
+      a1[i] = ptx::prmt(low[0], high[0], ptx::upper_half(selectors));
     }
   }
 
   // 3 bits, one step.
   FLUTE_DEVICE void step(u32 (&a)[4], u32 word) const {
     const u32 codes = word & 0x77777777u;
-    of(0).look_up(a[0], a[2], codes);
-    of(1).look_up(a[1], a[3], ptx::upper_half(codes));
+    look_up(a[0], a[2], codes);
+    look_up(a[1], a[3], ptx::upper_half(codes));
   }
 };
 

@@ -115,7 +115,8 @@ struct Decode {
   static_assert(kBits >= 2 && kBits <= 4, "tables of 2, 3 or 4 bits");
   static_assert(kGroup == 0 || kGroup == 32 || kGroup == 64 || kGroup == 128 || kGroup == 256,
                 "a group is 32, 64, 128 or 256 k, or 0 for the whole row");
-  static_assert(kRegisterSteps == 0 || kBits < 4, "16 entries are too many for registers");
+  static_assert(kRegisterSteps == 0 || (kBits < 4 && !kRowTables),
+                "registers hold one table of 4 or 8 entries");
   static_assert(kRegisterSteps >= 0 && kRegisterSteps <= 8 &&
                     (kBits == 3 || kRegisterSteps % 2 == 0),
                 "steps of two chunks; at 2 bits words of two steps");
