@@ -99,12 +99,11 @@ class KernelConfig:
         return table + ring + -(-num_barriers // 2) * 16 + sums
 
     def x_stage(self, m: int) -> int:
-        """Chunks of x that are transposed at once on their way to registers."""
+        """Chunks of x that are staged at once on their way to registers."""
+        if self.cluster > 1:  # sums that other ranks still read lie there
+            return 1
         limit = max(self._partials(m) * 17 // 16, 20480)
-        most = min(8, self.panel * self.x_rounds)
-        return next(
-            s for s in (8, 4, 2, 1) if s == 1 or (s <= most and self._x_chunk(m) * s <= limit)
-        )
+        return next((s for s in (8, 4, 2) if s <= self.panel and self._x_chunk(m) * s <= limit), 1)
 
     def _x_chunk(self, m: int) -> int:
         return self.num_warps * min(m, 8) * 144

@@ -68,6 +68,16 @@ CHANGES = [
 ]
 
 
+def test_x_is_staged_in_as_many_chunks_as_shared_memory_spares():
+    kept = replace(KernelConfig(), x_source="registers", num_warps=16, panel=8, tiles=4)
+    assert [kept.x_stage(m) for m in (1, 2, 8)] == [8, 4, 4]
+    assert replace(kept, panel=4).x_stage(1) == 4
+    assert replace(kept, cluster=2).x_stage(1) == 1  # sums of other ranks lie there
+    for m in (1, 3, 8):
+        streamed = replace(kept, x_source="streamed")
+        assert kept.smem_bytes(m, 8192) <= streamed.smem_bytes(m, 8192) + 12_000
+
+
 @pytest.mark.parametrize(("changes", "m", "k", "rule"), CHANGES)
 def test_the_broken_rule_is_named(changes, m, k, rule):
     import re

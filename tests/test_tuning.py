@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from flute import tuning
+from flute import batch, tuning
 from flute.candidates import candidates
 from flute.config import Gpu, KernelConfig, Plan, Problem
 from flute.errors import FormatError
@@ -91,6 +91,23 @@ def test_unmeasured_tokens_take_the_next_measured_up_to_a_power_of_two():
     found = {m: lookup(PROBLEM._replace(m=m), GPU) for m in (1, 2, 3, 4, 5, 7, 8, 16, 17, 32, 33)}
     plans = {2: plan_at(1), 5: plan_at(2), 7: plan_at(2), 17: DensePlan(), 32: DensePlan()}
     assert found == {**dict.fromkeys(found), **plans}
+
+
+def test_a_plan_of_more_tokens_serves_fewer_if_its_tiles_are_nearly_full():
+    problem = PROBLEM._replace(m=256, n=57344, k=8192)
+    tiles = {
+        plan.config.tokens: plan
+        for plan in batch.candidates(problem, GPU)
+        if plan.config.tokens in (128, 256)
+    }
+    assert set(tiles) == {128, 256}
+    key = problem._replace(m=0)
+    save_user({key: {256: Record(encode(tiles[128]), 9.0)}})
+    found = {m: lookup(problem._replace(m=m), GPU) for m in (140, 192, 240, 250, 256)}
+    assert found == {140: None, 192: None, 240: tiles[128], 250: tiles[128], 256: tiles[128]}
+    save_user({key: {256: Record(encode(tiles[256]), 9.0)}})
+    assert lookup(problem._replace(m=192), GPU) is None
+    assert lookup(problem._replace(m=230), GPU) == tiles[256]
 
 
 def test_what_is_not_known_is_left_to_the_heuristic():

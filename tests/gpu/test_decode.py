@@ -120,6 +120,15 @@ def test_random_problems_by_the_three_oracles():
     assert not failures, (len(failures), failures[:10])
 
 
+@pytest.mark.parametrize("K", [32, 160, 256, 2304, 3584])
+@pytest.mark.parametrize("num_bits", [2, 3, 4])
+def test_ranks_of_a_cluster_with_unequal_shares_of_k(num_bits, K):
+    """Narrow weights take clusters of two blocks; with one panel, or an odd number, K splits so."""
+    for N in (2048, 2049):
+        case = (QuantSpec(num_bits, -1), torch.float16, torch.float16, "one", True, N + K, 1, N, K)
+        assert check(*case) == ""
+
+
 @pytest.mark.parametrize("M", [1, 8, 16, 32, 40, 100])
 def test_inf_and_nan_pass_as_in_torch(M):
     layer = make(100, 512, QuantSpec(4, 64))
