@@ -129,6 +129,16 @@ def test_ranks_of_a_cluster_with_unequal_shares_of_k(num_bits, K):
         assert check(*case) == ""
 
 
+def test_many_tokens_are_slabs_of_the_same_product():
+    M, N, K = 5000, 1000, 8192
+    layer = make(N, K, QuantSpec(3, 128), bias=torch.randn(N).half())
+    x = torch.randn(M, K, device=CUDA).half()
+    problem = launchers.problem_of(layer.packed_weight(), M, torch.float16)
+    assert launchers.choose(problem, (), gpu_of(torch.device("cuda", 0))) == SplitPlan(2560)
+    expected = torch.nn.functional.linear(x, layer.dequantize(torch.float16), layer.bias)
+    assert relative_error(layer(x), expected.double()) < TOLERANCE[torch.float16]
+
+
 @pytest.mark.parametrize("M", [1, 8, 16, 32, 40, 100])
 def test_inf_and_nan_pass_as_in_torch(M):
     layer = make(100, 512, QuantSpec(4, 64))
