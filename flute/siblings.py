@@ -11,8 +11,9 @@ A part is taken only within the same forward, by the same thread, within a secon
 parameters are the same and lie where they lay, and for an x of the same bytes: not the same object,
 which might have been changed. If a part is not taken, the module's layers are siblings no more.
 Modules, parameters and state dicts stay as they are. Nothing is shared while `torch.compile` looks,
-nor with one thread: what it saves is waking the others. A 1.1 B Llama decodes 1.14 to 1.23 times as
-fast so with two threads, .95 times with one (medians in turns, busy cores of a Zen 4, 2026-11).
+nor with one thread: what it saves is waking the others. On a busy Zen 4 the calls of gate and up by
+two threads took 1.4 times as long apart as together, and a token by one thread .95 times (medians
+in turns, 2026-11). What a token gains with two was lost in the noise of that machine.
 """
 
 from __future__ import annotations
