@@ -35,9 +35,9 @@ from flute.format import (
 from flute.integrations.expert_stack import Block, ExpertStack, asked_for, captured
 from flute.integrations.vllm_layers import Shard, cut_rows
 from flute.integrations.vllm_order import in_kernel_order
-from flute.launchers import compile_kernels, prepared_problem
 from flute.model import QuantizeOptions, fit_groups
 from flute.pack import pack_codes
+from flute.precompile import compile_kernels, prepared_problem
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 _SHARDS = {"w1": "gate", "w3": "up", "w2": "down"}

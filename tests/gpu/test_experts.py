@@ -11,7 +11,7 @@ from flute.concat import concat_weights
 from flute.format import QuantSpec
 from flute.integrations.expert_stack import Block, ExpertStack, all_experts, asked_for, routed
 from flute.integrations.vllm_order import in_kernel_order
-from flute.launchers import compile_kernels, prepared_problem
+from flute.precompile import compile_kernels, prepared_problem
 
 E, H, INNER, TOP, REPLAYS = 32, 512, 256, 4, 300
 
