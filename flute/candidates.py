@@ -136,7 +136,7 @@ def _preferred(problem: Problem, gpu: Gpu) -> list[Changes]:
             else [(1, pairs), (1, narrow)]
         )
     if tested and not tight and k <= 4096:
-        found = _short_rows(tiles_per_sm, m)
+        found = _short_rows(num_bits, tiles_per_sm, m)
         if found:
             return found
     if m > 1 and tiles_per_sm < 2.5:
@@ -204,7 +204,7 @@ def _preferred(problem: Problem, gpu: Gpu) -> list[Changes]:
     return [(1, long_kept)]
 
 
-def _short_rows(tiles_per_sm: float, m: int) -> list[Changes]:
+def _short_rows(num_bits: int, tiles_per_sm: float, m: int) -> list[Changes]:
     """What `flute tune` found for K of at most 4,096, by how many tiles each multiprocessor has."""
     shared = {"panel": 4, "part": 4, "stages": 2}
     if tiles_per_sm <= 0.5:
@@ -212,7 +212,7 @@ def _short_rows(tiles_per_sm: float, m: int) -> list[Changes]:
     if m == 1 and 1 < tiles_per_sm <= 2.5:
         # Two blocks of 64 registers: the next kernel waits, with its weights, under this one.
         twins = {"num_warps": 16, "min_blocks": 2, "tiles": 2, "part": 2}
-        return [(1, {**shared, **twins})]
+        return [(1, {**shared, **twins, "register_steps": 2 if num_bits == 2 else 0})]
     if tiles_per_sm <= 1 and m <= 4:  # two blocks have half of K each
         return [(1, {**shared, "stages": 3, "num_warps": 8, "tiles": 2, "cluster": 2})]
     if 2.5 < tiles_per_sm < 4.5:

@@ -40,6 +40,9 @@ STEP = 1.15
 _REPEATS, _NUM_FINALISTS = 11, 4
 _SCREENS = ((1, 1.5), (3, 1.1))
 """Repeats, and how much slower than the best a plan may be to stay, before the finals."""
+_PAUSE = 0.2
+"""Seconds of rest before a weight: after its last tokens, many, an H200 runs at a lower clock, which
+made its first, few, 10 % slower and chose other plans for them (28672 x 4096, one token)."""
 _TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Relative norm of the difference to the dequantised product: twice what the tests allow each."""
 
@@ -267,6 +270,8 @@ class Tuner:
 
     def _measure_weight(self, data: Operands, key: Problem, tokens: list[int]) -> list[Result]:
         data.take(key, max(tokens))
+        torch.cuda.synchronize(self.device)
+        time.sleep(_PAUSE)
         timed: dict[int, _Timed] = {}
         for m in tokens:
             problem = key._replace(m=m)
