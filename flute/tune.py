@@ -41,8 +41,8 @@ _REPEATS, _NUM_FINALISTS = 11, 4
 _SCREENS = ((1, 1.5), (3, 1.1))
 """Repeats, and how much slower than the best a plan may be to stay, before the finals."""
 _PAUSE = 0.2
-"""Seconds of rest before a weight: after its last tokens, many, an H200 runs at a lower clock, which
-made its first, few, 10 % slower and chose other plans for them (28672 x 4096, one token)."""
+"""Seconds of rest before a weight. After many tokens an H200 runs at a lower clock, which made a
+few of the next weight 10 % slower and chose other plans for them (28672 x 4096, one token)."""
 _TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Relative norm of the difference to the dequantised product: twice what the tests allow each."""
 
