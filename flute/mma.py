@@ -216,7 +216,8 @@ _RATES = {
 _LAUNCH_US, _SUM_US = 2.6, 5.0
 """Start and end of a launch, with its tables; the second launch, with nothing to sum."""
 _STEP_CLOCKS = 170
-"""Barrier, and reads that wait for it, of a step; half of it where 16 warps hide each other's."""
+"""Barrier, and reads that wait for it, of a step; half of it where 16 warps hide each other's, or a
+warp has two chunks."""
 
 
 def predicted_us(plan: MmaPlan, m: int, n: int, k: int, gpu: Gpu) -> float:
@@ -245,17 +246,28 @@ def predicted_us(plan: MmaPlan, m: int, n: int, k: int, gpu: Gpu) -> float:
     memory = (32 * c.num_bits + 32 * c.tokens / c.unit_tiles / 4) / rates.dram
     parts = (tensor, shared, issue, memory)
     clocks = 0.75 * max(parts) + 0.25 * sum(parts)
-    narrow = c.warps_n * c.warps_k <= 8
+    hidden = c.warps_n * c.warps_k > 8 or c.chunks > c.warps_k
     steps = padded_k(k) // CHUNK_K // c.chunks
-    step_clocks = clocks * 4 * c.chunks * c.unit_tiles + _STEP_CLOCKS * (1 if narrow else 0.5)
+    step_clocks = clocks * 4 * c.chunks * c.unit_tiles + _STEP_CLOCKS * (0.5 if hidden else 1)
+    if c.ahead:
+        step_clocks *= _ahead_factor(c)
     units = -(-n // (TILE_N * c.unit_tiles)) * -(-m // c.tokens)
     blocks = gpu.num_sms * c.min_blocks
     if not plan.parts or units % blocks == 0:
         return _LAUNCH_US + -(-units // blocks) * steps * step_clocks / rates.ghz / 1e3
     pieces = min(units * steps, blocks)
     us = _LAUNCH_US + _SUM_US + units * steps / pieces * step_clocks / rates.ghz / 1e3
+    if units > 8 * blocks:
+        us *= 1.15  # pieces are at other K and tokens, so less of what they read is shared
     # Two parts to a piece are written, and read again, at half of what the L2 gives.
     return us + 2 * c.tokens * c.unit_tiles * TILE_N * 4 / 16 / rates.ghz / 1e3
+
+
+def _ahead_factor(c: MmaConfig) -> float:
+    """What looking ahead makes of a step's time: 22 problems, H200 by FLUTE_BATCH=mma, 2026-11-22."""
+    if c.tokens >= 48:
+        return 0.96
+    return 0.975 if c.warps_k == 1 or c.chunks == 4 else 1.04
 
 
 def candidates(problem: Problem, gpu: Gpu) -> list[MmaPlan]:
@@ -314,7 +326,6 @@ def _plans(problem: Problem, gpu: Gpu) -> Iterator[MmaPlan]:
                     narrow = tokens > 16 and warps_n * warps_k > 8
                     wide = tiles > 2 and (row_tables or short or dtype != scale_dtype)
                     may = stages > 2 and not narrow and not wide
-                    # Not ahead comes first, as long as looking ahead has not been measured.
                     for ahead in (False, True) if may else (False,):
                         yield MmaPlan(replace(config, ahead=ahead))
                         yield MmaPlan(replace(config, ahead=ahead), parts=False)
