@@ -264,7 +264,7 @@ def predicted_us(plan: MmaPlan, m: int, n: int, k: int, gpu: Gpu) -> float:
 
 
 def _ahead_factor(c: MmaConfig) -> float:
-    """What looking ahead makes of a step's time: 22 problems, H200 by FLUTE_BATCH=mma, 2026-11-22."""
+    """What looking ahead makes of a step: 22 problems, H200 by FLUTE_BATCH=mma, 2026-11-22."""
     if c.tokens >= 48:
         return 0.96
     return 0.975 if c.warps_k == 1 or c.chunks == 4 else 1.04
