@@ -14,13 +14,17 @@ from flute.precompile import compile_kernels, prepared_problem
 from flute.siblings import share
 
 
-def prepare(model: nn.Module, *, dtype: torch.dtype | None = None, exact: bool = False) -> int:
+def prepare(
+    model: nn.Module,
+    *,
+    dtype: torch.dtype | None = None,
+    exact: bool = False,
+    together: bool = False,
+) -> int:
     """Put the weights of a model's quantised layers into the order of kernels and compile those.
 
     Without it a layer does so at its first call. Call it before `torch.compile` and before a CUDA
-    graph is captured, where that cannot happen. `flute.from_pretrained` calls it. With
-    several threads, layers on a CPU that a module gives the same x, as q, k and v, are multiplied
-    together from its second call on.
+    graph is captured, where that cannot happen. `flute.from_pretrained` calls it.
 
     Args:
         model: its layers on GPUs and CPUs with kernels are changed in place; others, and those that
@@ -29,6 +33,9 @@ def prepare(model: nn.Module, *, dtype: torch.dtype | None = None, exact: bool =
             scales. CPU kernels take any.
         exact: whether products on a CPU are summed in fp32 instead of in fixed point, whose error
             is below 5e-4 (relative norm). It holds until the layer is loaded, moved or copied.
+        together: on a CPU with several threads, multiply layers that a module gives the same x (q,
+            k, v; gate, up) in one call. Worth a try with many threads; with two a token took 1.05
+            times as long, since what watches the module costs more than a call.
 
     Returns:
         How many layers are ready.
@@ -47,7 +54,7 @@ def prepare(model: nn.Module, *, dtype: torch.dtype | None = None, exact: bool =
     on_cpu = [m for m in model.modules() if isinstance(m, LutLinear) and m.takes_cpu_kernels()]
     for layer in on_cpu:
         layer.to_cpu_order(exact)
-    if on_cpu:
+    if on_cpu and together:
         share(model)
     for device, wanted in problems.items():
         with _Progress() as progress:

@@ -194,8 +194,8 @@ def test_siblings_are_multiplied_together_from_the_second_call_on(dtype, calls):
     module = Attention()
     names = [name for name, _ in module.named_modules()]
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    assert flute.prepare(module) == 4
-    assert flute.prepare(module) == 4  # hooks are not added twice
+    assert flute.prepare(module, together=True) == 4
+    assert flute.prepare(module, together=True) == 4  # hooks are not added twice
     assert len(module._forward_pre_hooks) == len(module._forward_hooks) == 1
     for shape in ((1, K), (2, 3, K)):
         for i in range(4):
@@ -212,7 +212,7 @@ def test_siblings_are_multiplied_together_from_the_second_call_on(dtype, calls):
 
 def shared(between=None, **kwargs):
     module = Attention(**kwargs)
-    flute.prepare(module)
+    flute.prepare(module, together=True)
     with torch.no_grad():
         for _ in range(2):
             module(draw(1, K))
@@ -312,7 +312,7 @@ def test_siblings_of_different_kinds_go_apart(calls):
 
     module, x = Mixed(), draw(2, K)
     wanted = copy.deepcopy(module)(x)
-    flute.prepare(module)
+    flute.prepare(module, together=True)
     for counts in ([1] * 4, [2, 2], [2, 2]):
         out, found = run(module, x, calls)
         assert found == counts
@@ -382,6 +382,6 @@ def test_compiled_modules_of_siblings():
 
 def test_one_thread_multiplies_layers_one_by_one(calls):
     module = Attention()
-    flute.prepare(module)
+    flute.prepare(module, together=True)
     for _ in range(3):
         assert run(module, draw(1, K), calls)[1] == [1, 1, 1, 1]
