@@ -45,6 +45,7 @@ class BatchConfig:
     scale_sums: bool = True  # scales multiply sums, in fp32; else weights, which are rounded
     split_k: bool = False  # warpgroups split K by panels; else each takes 64 rows of its own
     units: int = 1  # with split_k: 64-row blocks that are summed at a time
+    register_steps: int = 0  # of the 8 steps of two chunks, so many are looked up in registers
 
     def source(self) -> str:
         """Return the CUDA C++ text whose only instantiation is this kernel."""
@@ -132,6 +133,10 @@ def supports(plan: BatchPlan, m: int, n: int, k: int, gpu: Gpu) -> str:
         return broken
     if padded_k(k) // CHUNK_K // c.panel < c.cluster:
         return f"K={k} has fewer panels of {c.panel * CHUNK_K} than cluster={c.cluster} blocks"
+    if not 0 <= c.register_steps <= 8 or (c.num_bits == 2 and c.register_steps % 2):
+        return f"register_steps={c.register_steps} must be 0 to 8, and even at 2 bits"
+    if c.register_steps and c.row_tables:
+        return "register_steps need one table"
     if c.split_k and c.x_stages <= c.panel // c.x_panel:
         return f"x_stages={c.x_stages} hold one panel of x, and none is on its way"
     if c.stages < 2 or c.x_stages < 2:
@@ -233,6 +238,7 @@ def _plans(problem: Problem, gpu: Gpu) -> Iterator[BatchPlan]:
     for cluster in (1, 2, 4, 8):
         for tokens in _token_tiles(m):
             shape = replace(base, tokens=tokens, cluster=cluster, scale_sums=tokens <= 32)
+            steps = 0 if row_tables else _register_steps(num_bits, tokens)
             if tokens > 128:
                 shapes = [replace(shape, warpgroups=2, x_panel=1)]
             elif tokens > 64:
@@ -250,10 +256,23 @@ def _plans(problem: Problem, gpu: Gpu) -> Iterator[BatchPlan]:
                 yield from _split_k_plans(shape, gpu.smem_bytes)
             for fitted in shapes:
                 for stages in (3, 2):  # as many as fit
-                    plan = BatchPlan(replace(fitted, stages=stages))
-                    if plan.config.smem_bytes <= gpu.smem_bytes:
-                        yield plan
+                    config = replace(fitted, stages=stages)
+                    if config.smem_bytes <= gpu.smem_bytes:
+                        yield BatchPlan(replace(config, register_steps=steps))
+                        yield BatchPlan(config)
                         break
+
+
+def _register_steps(num_bits: int, tokens: int) -> int:
+    """Steps of 8 to look up in registers, where warpgroups take rows of their own.
+
+    57344 x 8192, us without and with (H200, fp16, group 128): 2 bits, 64 tokens 108.8 and 104.7,
+    128 tokens 192 and 183; 3 bits, 128 tokens 204 and 189; 4 bits, 128 tokens 206 and 200. Where
+    they split K there is no gain.
+    """
+    if num_bits == 4:
+        return 2 if tokens >= 96 else 0
+    return 4 if tokens == 32 or tokens >= 96 else 2
 
 
 def _split_k_plans(base: BatchConfig, smem_bytes: int) -> Iterator[BatchPlan]:

@@ -41,7 +41,7 @@ class KernelConfig:
     cluster: int = 1  # blocks that split K
     part: int = 4  # chunks of a slot whose words are in registers at once
     register_steps: int = 0  # of the 8 steps of two chunks, so many are looked up in registers
-    wide_table: bool = False  # 2 and 3 bits: 64 KB, fewer instructions for a lookup
+    wide_table: bool = False  # 64 KB, fewer instructions for a lookup
     min_blocks: int = (
         2  # blocks per SM that registers must allow; 2 lets the next kernel start early
     )
@@ -241,8 +241,8 @@ def supports(plan: Plan, m: int, n: int, k: int, gpu: Gpu) -> str:
         return "phases need x in registers"
     if c.phased != (plan.phases > 1):
         return f"phased={c.phased} does not fit {plan.phases} phases"
-    if (c.register_steps or c.wide_table) and (c.num_bits == 4 or c.row_tables):
-        return "register_steps and wide_table need 2 or 3 bits and one table"
+    if (c.register_steps or c.wide_table) and c.row_tables:
+        return "register_steps and wide_table need one table"
     if not 0 <= c.register_steps <= 8 or (c.num_bits == 2 and c.register_steps % 2):
         return f"register_steps={c.register_steps} must be 0 to 8, and even at 2 bits"
     if c.smem_bytes(m, k) > gpu.smem_bytes:

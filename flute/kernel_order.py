@@ -9,14 +9,14 @@ in CUDA C++. A matrix (N, K) is padded with zeros: N = 16 tiles, K = 64 chunks =
     k = chunk*64 + step*16 + half*8 + q*2 + e     row = tile*16 + h*8 + g     lane = g*4 + q
     pair[step][half*2 + h] = code[e = 0] | code[e = 1] << num_bits
 
-    4 bits, lane's 4 words:  w[step] = rotate_left(sum_i pair[step][i] << 8i, 7)
+    4 bits, lane's 4 words:  w[step] = sum_i pair[step][i] << 8i
     3 bits, 3 words:         byte h*2 + half of w[s], s < 3, has the codes of pair[s][half*2 + h] at
                              bits 0 and 4, and at bits 3 and 7 bit 2 - s of those of step 3
     2 bits, 2 words:         w[s/2] = steps s = 2i, 2i + 1 as half-words; a step has code j of row h
                              at bits 4j + 2h; j = half*2 + e
 
 Lanes' words lie side by side, 16 (4 bits) or 8 (2 bits) bytes a lane; 3 bits: 8 bytes a lane,
-then 4 bytes a lane. Why rotated: byte 0 then stands at its offset in a table of 128-byte entries.
+then 4 bytes a lane.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def order_codes(codes: Tensor, num_bits: int) -> Tensor:
     c = codes.view(tiles, 2, 8, chunks, 4, 2, 4, 2).permute(0, 3, 2, 6, 4, 5, 1, 7).to(torch.int32)
     pair = (c[..., 0] | c[..., 1] << num_bits).reshape(tiles, chunks, 32, 4, 4)  # lane, step, i
     if num_bits == 4:
-        return _rotate_left(_bytes_to_word(pair), 7).reshape(tiles, chunks, 128)
+        return _bytes_to_word(pair).reshape(tiles, chunks, 128)
     if num_bits == 2:
         spread = (pair & 3) | (pair & 12) << 2  # codes e = 0, 1 at bits 0 and 4
         steps = spread[..., 0] | spread[..., 1] << 2 | spread[..., 2] << 8 | spread[..., 3] << 10
@@ -146,7 +146,7 @@ def plain_codes(packed: Tensor, num_bits: int, N: int, K: int) -> Tensor:
     byte = torch.arange(4, dtype=torch.int32, device=packed.device) * 8
     mask = (1 << 2 * num_bits) - 1
     if num_bits == 4:
-        pair = _rotate_left(packed.reshape(tiles, chunks, 32, 4, 1), 25) >> byte & mask
+        pair = packed.reshape(tiles, chunks, 32, 4, 1) >> byte & mask
     elif num_bits == 2:
         half_word = packed.reshape(tiles, chunks, 32, 2, 1) >> byte[:2] * 2
         shift = torch.tensor([0, 2, 8, 10], dtype=torch.int32, device=packed.device)
@@ -185,7 +185,3 @@ def plain_scales(ordered: Tensor, N: int, num_groups: int) -> Tensor:
 
 def _bytes_to_word(b: Tensor) -> Tensor:
     return b[..., 0] | b[..., 1] << 8 | b[..., 2] << 16 | b[..., 3] << 24
-
-
-def _rotate_left(w: Tensor, bits: int) -> Tensor:
-    return w << bits | (w >> 32 - bits) & ((1 << bits) - 1)

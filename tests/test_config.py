@@ -55,14 +55,9 @@ CHANGES = [
     ({}, 1, 128, r"group_size=128 is the whole row of K=128"),
     ({"panel": 8, "x_source": "registers"}, 1, 768, r"must be a multiple of panel=8 \* 64"),
     ({"x_source": "registers"}, 1, 4096, r"16 panels in 1 phases exceed 8 warps \* 1 rounds"),
-    (
-        {"register_steps": 2},
-        1,
-        4096,
-        r"register_steps and wide_table need 2 or 3 bits and one table",
-    ),
+    ({"register_steps": 2, "row_tables": True}, 1, 4096, r"register_steps and .* need one table"),
     ({"num_bits": 2, "register_steps": 3}, 1, 4096, r"register_steps=3 must be .* even at 2 bits"),
-    ({"num_bits": 3, "wide_table": True, "row_tables": True}, 1, 4096, r"need 2 or 3 bits and one"),
+    ({"num_bits": 3, "wide_table": True, "row_tables": True}, 1, 4096, r"need one table"),
     ({"phased": True, "x_source": "registers"}, 1, 1024, r"phased=True does not fit 1 phases"),
     ({"stages": 99}, 1, 4096, r"bytes of shared memory exceed 232448"),
 ]

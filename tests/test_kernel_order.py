@@ -66,7 +66,7 @@ def test_one_code_lands_where_the_docstring_says(num_bits):
         step, half, q, e = k // 16, k // 8 % 2, k // 2 % 4, k % 2
         lane, i = g * 4 + q, half * 2 + h
         if num_bits == 4:
-            at, bit = lane * 4 + step, (8 * i + 4 * e + 7) % 32
+            at, bit = lane * 4 + step, 8 * i + 4 * e
         elif num_bits == 2:
             at, bit = lane * 2 + step // 2, 16 * (step % 2) + 4 * (half * 2 + e) + 2 * h
         elif step < 3:

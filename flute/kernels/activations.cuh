@@ -79,15 +79,15 @@ struct XFragments {
     }
   }
 
-  // All of this warp's x, once, unless `rows` have it. Why through registers: all loads fly at once
-  // (8 tokens of 57344 x 8192 by cp.async, half of the chunks at a time: 4 us more).
+  // All of this warp's x, once. Why through registers: all loads fly at once (8 tokens of 57344 x
+  // 8192 by cp.async, half of the chunks at a time: 4 us more).
   template <int COUNT>
-  FLUTE_DEVICE void load_once(XRows<D> (&rows)[D::kColumns], bool loaded, const DecodeParams& p,
+  FLUTE_DEVICE void load_once(XRows<D> (&rows)[D::kColumns], const DecodeParams& p,
                               const Share<D>& share, u32 stage, int warp, int lane) {
 #pragma unroll
     for (int c = 0; c < D::kColumns; c++) {
       if (c * 8 >= p.shape_m) break;
-      if (!loaded) rows[c].load(p, share, c, warp, lane);
+      rows[c].load(p, share, c, warp, lane);
       transpose<COUNT>(rows[c], p, c, stage, lane);
     }
   }

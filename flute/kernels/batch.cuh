@@ -73,7 +73,8 @@ FLUTE_DEVICE void produce_x(const BatchParams& p, Passes<D> passes, const Panels
 template <class Config>
 FLUTE_DEVICE void consume(const BatchParams& p, typename Batch<Config>::Ring& ring,
                           Feed<Batch<Config>>& feed, Passes<Batch<Config>> passes,
-                          const Panels& panels, u32 smem, u32 rank, int warp, int lane) {
+                          const Panels& panels, float entry, u32 smem, u32 rank, int warp,
+                          int lane) {
   using D = Batch<Config>;
   const int warpgroup = warp / 4;
   const u32 barriers = smem + D::kBarrierOffset, smem_table = smem + D::kTableOffset;
@@ -92,7 +93,9 @@ FLUTE_DEVICE void consume(const BatchParams& p, typename Batch<Config>::Ring& ri
                             table,
                             offset,
                             share,
-                            lane};
+                            lane,
+                            {}};
+  if constexpr (D::kRegisterSteps > 0) consumer.registers.load(TableEntries<D>(entry));
   Epilogue<D> epilogue{p,
                        smem + D::kPartialOffset + group * D::kPartialBytes,
                        barriers + (D::kReady + group) * 8,
@@ -110,9 +113,10 @@ FLUTE_DEVICE void consume(const BatchParams& p, typename Batch<Config>::Ring& ri
       const bool first = range < 0;
       range = passes.range(p);
       if (!first) {
+        const TableEntries<D> entries(load_entry<D>(p, range));
         ptx::named_barrier(kAll, D::kWarps * 32);
-        D::Steps::build(smem_table, TableEntries<D>(load_entry<D>(p, range)), threadIdx.x,
-                        D::kWarps * 32);
+        D::Steps::build(smem_table, entries, threadIdx.x, D::kWarps * 32);
+        if constexpr (D::kRegisterSteps > 0) consumer.registers.load(entries);
         ptx::named_barrier(kAll, D::kWarps * 32);
       }
     }
@@ -207,7 +211,7 @@ __global__ void __launch_bounds__(Batch<Config>::kThreads, 1)
     }
   } else {
     ptx::setmaxnreg_inc<D::kRegisters>();
-    consume<Config>(p, ring, feed, passes, panels, smem, rank, warp, lane);
+    consume<Config>(p, ring, feed, passes, panels, entry, smem, rank, warp, lane);
   }
 }
 

@@ -48,6 +48,7 @@ struct Consumer {
   const Panels panels;
   const u32 smem_x, x_full, x_empty, table, offset;
   const int share, lane;
+  RegisterTable<D::kBits> registers;
   u32 x_stage = 0, x_parity = 0;
 
   FLUTE_DEVICE void release(u32 stage) const {
@@ -108,9 +109,17 @@ struct Consumer {
   FLUTE_DEVICE void look_up(u32 (&frag)[D::kBatch][4], const u32 (&bytes)[D::Steps::kWords],
                             int idx, u32 table_at) const {
 #pragma unroll
-    for (int i = 0; i < D::kBatch; i++)
-      D::Steps::template fragments<D::kRowTables>(frag[i], bytes, (idx * D::kBatch + i) % 4,
-                                                  table_at, offset);
+    for (int i = 0; i < D::kBatch; i++) {
+      const int chunk = idx * D::kBatch / 4, st = (idx * D::kBatch + i) % 4;
+      if (!D::in_registers(chunk, st))
+        D::Steps::template fragments<D::kRowTables>(frag[i], bytes, st, table_at, offset);
+      else if constexpr (D::kBits == 4)
+        registers.step_of_pairs(frag[i], bytes[st]);
+      else if constexpr (D::kBits == 3)
+        registers.step(frag[i], bytes[st]);
+      else if (st % 2 == 0)  // a word, two steps
+        registers.word_in_order(frag[i], frag[i + 1], bytes[st / 2]);
+    }
   }
 
   FLUTE_DEVICE void scale_weights(u32 (&frag)[D::kBatch][4], const u32 (&scale)[kUnits][2],

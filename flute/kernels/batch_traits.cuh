@@ -1,6 +1,7 @@
 // What is known about a batch kernel at compile time: its parameters, sizes and offsets, and the
 // rules they obey. Owns no code that runs; the picture is at the top of batch.cuh.
 #pragma once
+#include "register_lookup.cuh"
 #include "ring.cuh"
 #include "step_lookup.cuh"
 
@@ -61,6 +62,12 @@ struct Batch {
   using Scale = Element<Config::scale_dtype>;
   using Table = Lookup<kBits>;
   using Steps = StepLookup<kBits>;
+  // Of the 8 steps of two chunks, so many are looked up in registers, as in decode.cuh.
+  static constexpr int kRegisterSteps = Config::register_steps;
+  static constexpr FLUTE_DEVICE bool in_registers(int chunk, int step) {
+    const int turn = kBits == 2 ? step / 2 * 4 + chunk % 2 * 2 : step * 2 + chunk % 2;
+    return turn < kRegisterSteps;
+  }
   static constexpr int kBatch = Config::batch;      // steps per group of wgmma
   static constexpr int kBuffers = Config::buffers;  // batches whose fragments are in registers
   // With four, a batch is looked up before the one ahead of it is multiplied.
@@ -106,6 +113,10 @@ struct Batch {
                 "a group is 32, 64, 128 or 256 k, or 0 for the whole row");
   static_assert(kWarpgroups >= 2 && kWarpgroups <= 4, "of consumers");
   static_assert(kTokens % 8 == 0 && kTokens >= 8 && kTokens <= 256, "n of wgmma");
+  static_assert(kRegisterSteps == 0 || !kRowTables, "registers hold one table");
+  static_assert(kRegisterSteps >= 0 && kRegisterSteps <= 8 &&
+                    (kBits > 2 || kRegisterSteps % 2 == 0),
+                "steps of two chunks; at 2 bits words of two steps");
   static_assert(kBatch == 4 || kBatch == 2, "steps that fragments are held for");
   static_assert(kBuffers == 2 || kBuffers == 4, "of fragments");
   static_assert(kPanelSteps / kBatch % kBuffers == 0, "buffers are fixed at compile time");

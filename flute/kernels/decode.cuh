@@ -44,13 +44,10 @@
 //              registers: `x_stage` times that, where partials come later
 //
 // Time line with programmatic dependent launch (sm_90). Everything left of `wait` overlaps the
-// previous kernel. With room for two blocks per SM (MIN_BLOCKS = 2: half the shared memory, half
-// the registers):
+// previous kernel, if there is room for two blocks per SM (MIN_BLOCKS = 2: half the shared memory,
+// half the registers); else a block starts when the last one on its SM has left.
 //
 //   fill rings | build table | wait for previous kernel | x -> smem | tile blocks ... | sum, store
-//
-// Else a block starts when the last one on its SM has left, and the last of all start so late that
-// they need not wait: `wait` comes before `build table`, so that x flies meanwhile.
 //
 // Before the first product each instruction counts, since all warps execute it and it is in no
 // instruction cache: hence no divisions, tiles split by the host, and phases in kernels of their
@@ -72,10 +69,18 @@ template <class D>
 FLUTE_DEVICE void look_up(u32 (&a)[4][4], const u32 (&words)[D::Table::kWords],
                           const RegisterTable<D::kBits>& registers, u32 smem_table, u32 offset,
                           int chunk) {
-  if constexpr (D::kBits == 4 && D::kRowTables) {
-    D::Table::row_fragments(a, words, smem_table, offset);
-  } else if constexpr (D::kBits == 4) {
-    D::Table::fragments(a, words, smem_table, offset);
+  if constexpr (D::kBits == 4) {
+#pragma unroll
+    for (int st = 0; st < 4; st++) {
+      if (D::in_registers(chunk, st))
+        registers.step_of_pairs(a[st], words[st]);
+      else if constexpr (D::kRowTables)
+        D::Table::read_step_rows(a[st], words[st], smem_table, offset);
+      else if constexpr (D::kWideTable)
+        D::Table::read_step_wide(a[st], words[st], smem_table, offset);
+      else
+        D::Table::read_step(a[st], words[st], smem_table, offset);
+    }
   } else if constexpr (D::kBits == 3) {
 #pragma unroll
     for (int st = 0; st < 4; st++) {
@@ -226,13 +231,11 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
       Rows::template build<typename D::Table>(smem, smem + D::kRawOffset, threadIdx.x);
     }
   };
-  // Where blocks do not overlap, those that start last are late, and for them x is there: so it
-  // flies while they build tables.
-  if constexpr (D::kOverlaps) build_tables();
+  build_tables();
   ptx::griddepcontrol_wait();
 
   XFragments<D> x;
-  XRows<D> rows[D::kColumns];  // streamed: of the next round; kept: of the first phase
+  XRows<D> rows[D::kColumns];  // on their way; streamed: of the next round
   u32 x_row[D::kColumns];
   const int stage_bytes = min(p.shape_m, 8) * XRows<D>::kStride * (D::kXStays ? p.x_stage : 1);
   const u32 stage = (D::kXStays ? smem_partials : smem_x) + warp * stage_bytes;
@@ -242,11 +245,10 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
     for (int c = 0; c < D::kColumns; c++)
       x_row[c] = smem_x + min(c * 8 + (lane & 7), p.shape_m - 1) * p.x_stride + (lane >> 3) * 16;
   }
-  if constexpr (Config::x_source == kXStreamed || D::kXEarly) {
+  if constexpr (Config::x_source == kXStreamed) {
 #pragma unroll
     for (int c = 0; c < D::kColumns; c++) rows[c].load(p, share, c, warp, lane);
   }
-  if constexpr (!D::kOverlaps) build_tables();
   u32 turn = 0;  // which buffer has the tables of this tile block's rows
   __syncthreads();
 
@@ -264,13 +266,12 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
         reduction.phase = phase;
       }
       constexpr int kMost = D::kPanel < 8 ? D::kPanel : 8, kHalf = kMost < 2 ? 1 : kMost / 2;
-      const bool loaded = D::kXEarly && phase == 0;
       if (p.x_stage >= kMost)
-        x.template load_once<kMost>(rows, loaded, p, share, stage, warp, lane);
+        x.template load_once<kMost>(rows, p, share, stage, warp, lane);
       else if (p.x_stage >= kHalf)
-        x.template load_once<kHalf>(rows, loaded, p, share, stage, warp, lane);
+        x.template load_once<kHalf>(rows, p, share, stage, warp, lane);
       else
-        x.template load_once<1>(rows, loaded, p, share, stage, warp, lane);
+        x.template load_once<1>(rows, p, share, stage, warp, lane);
       __syncthreads();  // the stages lie where sums will
     }
     int count;

@@ -38,7 +38,7 @@ struct DequantizeParams {
 template <int NUM_BITS>
 FLUTE_DEVICE int code_of(const u32 (&w)[Lookup<NUM_BITS>::kWords], int st, int i, int e) {
   if constexpr (NUM_BITS == 4) {
-    return __funnelshift_r(w[st], w[st], 7) >> (8 * i + 4 * e) & 15;
+    return w[st] >> (8 * i + 4 * e) & 15;
   } else if constexpr (NUM_BITS == 2) {
     return w[st / 2] >> (16 * (st % 2)) >> (4 * ((i >> 1) * 2 + e) + 2 * (i & 1)) & 3;
   } else {

@@ -148,8 +148,7 @@ struct Lookup<4> {
   static constexpr int kChunkBytes = 512;
   static constexpr int kWords = 4;
   static constexpr int kTableBytes = 256 * 128;
-  // Words are stored rotated left by 7, so that byte 0 already stands at its offset `pair * 128`.
-  static constexpr u32 kMask = 0x7F80;
+  static constexpr u32 kMask = 0x7F80;  // a pair's offset, `pair * 128`
 
   static FLUTE_DEVICE u32 lane_offset(int lane) { return lane * 4; }
 
@@ -167,15 +166,30 @@ struct Lookup<4> {
     ptx::ld_shared_v4(w, smem_chunk + lane * 16);
   }
 
-  static FLUTE_DEVICE void fragments(u32 (&a)[4][4], const u32 (&w)[kWords], u32 smem_table,
-                                     u32 offset) {
-#pragma unroll
-    for (int st = 0; st < 4; st++) {
-      a[st][0] = ptx::ld_table(smem_table + ((w[st] & kMask) | offset));
-      a[st][1] = ptx::ld_table(smem_table + (((w[st] >> 8) & kMask) | offset));
-      a[st][2] = ptx::ld_table(smem_table + (((w[st] >> 16) & kMask) | offset));
-      a[st][3] = ptx::ld_table(smem_table + ((__funnelshift_l(w[st], w[st], 8) & kMask) | offset));
+  // Lookups of one step.
+  static FLUTE_DEVICE void read_step(u32 (&a)[4], u32 word, u32 smem_table, u32 offset) {
+    a[0] = ptx::ld_table(smem_table + (((word << 7) & kMask) | offset));
+    a[1] = ptx::ld_table(smem_table + (((word >> 1) & kMask) | offset));
+    a[2] = ptx::ld_table(smem_table + (((word >> 9) & kMask) | offset));
+    a[3] = ptx::ld_table(smem_table + (((word >> 17) & kMask) | offset));
+  }
+
+  // The same with entries 256 bytes apart (the upper 128 stay unused): one PRMT then places a byte.
+  static constexpr int kWideTableBytes = 256 * 256;
+
+  template <class Act>
+  static FLUTE_DEVICE void build_wide(u32 smem_table, const Entries<4, Act>& entries,
+                                      int thread_idx, int num_threads) {
+    for (int i = thread_idx; i < 256 * 8; i += num_threads) {
+      const u32 v = entries.pair(i >> 3);
+      ptx::st_shared_v4(smem_table + (i >> 3) * 256 + (i & 7) * 16, v, v, v, v);
     }
+  }
+
+  static FLUTE_DEVICE void read_step_wide(u32 (&a)[4], u32 word, u32 smem_table, u32 offset) {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      a[i] = ptx::ld_table(smem_table + __byte_perm(word, offset, 0x7604 + i * 16));
   }
 
   // One table per row: entry stride 256, the upper 128 bytes serve rows g + 8.
@@ -188,11 +202,8 @@ struct Lookup<4> {
     build_row_pairs<4, Act>(smem_table, tables, row, num_rows, thread_idx, num_threads);
   }
 
-  static FLUTE_DEVICE void row_fragments(u32 (&a)[4][4], const u32 (&w)[kWords], u32 smem_table,
-                                         u32 offset) {
-#pragma unroll
-    for (int st = 0; st < 4; st++)
-      place_and_read_rows(a[st], __funnelshift_l(w[st], w[st], 25), smem_table, offset);
+  static FLUTE_DEVICE void read_step_rows(u32 (&a)[4], u32 word, u32 smem_table, u32 offset) {
+    place_and_read_rows(a, word, smem_table, offset);
   }
 };
 

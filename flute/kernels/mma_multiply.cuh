@@ -32,11 +32,7 @@ FLUTE_DEVICE void look_up_step(u32 (&a)[4], const u32 (&words)[D::Table::kWords]
     D::Steps::split(bytes, words);
     D::Steps::template fragments<D::kRowTables>(a, bytes, st, table, offset);
   } else if constexpr (D::kBits == 4) {
-    const u32 w = words[st], mask = D::Table::kMask;
-    a[0] = ptx::ld_table(table + ((w & mask) | offset));
-    a[1] = ptx::ld_table(table + (((w >> 8) & mask) | offset));
-    a[2] = ptx::ld_table(table + (((w >> 16) & mask) | offset));
-    a[3] = ptx::ld_table(table + ((__funnelshift_l(w, w, 8) & mask) | offset));
+    D::Table::read_step(a, words[st], table, offset);
   } else {
     const u32 w = words[st / 2], mask = D::Table::kMask;
     const u32 first = st % 2 ? w >> 9 : w << 7, second = w >> (st % 2 ? 17 : 1);
@@ -47,7 +43,8 @@ FLUTE_DEVICE void look_up_step(u32 (&a)[4], const u32 (&words)[D::Table::kWords]
 
 // One warp. Of its chunk in hand, the fragments and scales are in registers. With kAhead they are
 // looked up while the chunk before is multiplied, a step into the registers of the step just used:
-// else all warps look up after each barrier, and the tensor cores wait (4 to 6 % from 96 tokens on).
+// else all warps look up after each barrier, and the tensor cores wait (4 to 6 % from 96 tokens
+// on).
 template <class D>
 struct MmaWarp {
   static constexpr int kGroups = D::kGroup == 32 ? 2 : 1;  // of a chunk

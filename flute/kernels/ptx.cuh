@@ -321,6 +321,9 @@ FLUTE_DEVICE u32 prmt(u32 a, u32 b, u32 selector) {
   return d;
 }
 
+// Bits of `one` where `mask` has ones, else of `zero`.
+FLUTE_DEVICE u32 select(u32 mask, u32 one, u32 zero) { return (mask & one) | (~mask & zero); }
+
 // The upper half of v in both halves, for v whose upper half is no NaN as a half: x * 1 is exact,
 // and an operand may name a half, so this takes the floating-point unit one instruction.
 FLUTE_DEVICE u32 upper_half(u32 v) {

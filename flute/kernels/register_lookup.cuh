@@ -6,6 +6,7 @@
 //
 //   2 bits   one PRMT per pair of values, whose selector has nibbles (code, code | 4) twice
 //   3 bits   low bytes of four values, high bytes of four values, then two pairs of these
+//   4 bits   the same from either half of the table, and the right one by a mask
 //
 // A PRMT reads the lower half of its selector; `upper_half` brings the other one there by the
 // floating-point unit, which has time, instead of the ALU.
@@ -55,6 +56,19 @@ struct RegisterTable {
     second = __byte_perm(lows, highs, 0x7362);
   }
 
+  // 4 bits: the same, with the codes' lower three bits in `codes` and the fourth in `upper`, as 0
+  // or 1 in each nibble.
+  FLUTE_DEVICE void look_up(u32& first, u32& second, u32 codes, u32 upper) const {
+    static_assert(NUM_BITS == 4, "two halves of a table");
+    const u32 mask = ptx::prmt(0xFF00u, 0u, upper);
+    const u32 lows = ptx::select(mask, ptx::prmt(low[2], low[3], codes),
+                                 ptx::prmt(low[0], low[1], codes)),
+              highs = ptx::select(mask, ptx::prmt(high[2], high[3], codes),
+                                  ptx::prmt(high[0], high[1], codes));
+    first = __byte_perm(lows, highs, 0x5140);
+    second = __byte_perm(lows, highs, 0x7362);
+  }
+
   // 2 bits, the two steps of a word. Multiplying by 0x11 doubles the codes of one place in four
   // bytes, which are the selectors of both steps. A register's codes then come from two bytes
   // instead of one, hence k in another order: half 0 holds k = 2q and 2q + 8, half 1 the odd ones
@@ -66,6 +80,25 @@ struct RegisterTable {
       a0[i] = ptx::prmt(low[0], high[0], selectors);
       a1[i] = ptx::prmt(low[0], high[0], ptx::upper_half(selectors));
     }
+  }
+
+  // The same in natural order of k: a byte's two codes of a row go to two bytes first, which the
+  // second multiplication by 0x11 needs.
+  FLUTE_DEVICE void word_in_order(u32 (&a0)[4], u32 (&a1)[4], u32 word) const {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const u32 codes = (word >> ((i >> 1) * 8 + (i & 1) * 2)) & 0x00330033u;
+      const u32 selectors = ((codes * 0x11u) & 0x03030303u) * 0x11u + 0x40404040u;
+      a0[i] = ptx::prmt(low[0], high[0], selectors);
+      a1[i] = ptx::prmt(low[0], high[0], ptx::upper_half(selectors));
+    }
+  }
+
+  // 4 bits, one step, whose pairs a0 to a3 are the bytes of `word`.
+  FLUTE_DEVICE void step_of_pairs(u32 (&a)[4], u32 word) const {
+    const u32 codes = word & 0x77777777u, upper = (word >> 3) & 0x11111111u;
+    look_up(a[0], a[1], codes, upper);
+    look_up(a[2], a[3], ptx::upper_half(codes), ptx::upper_half(upper));
   }
 
   // 3 bits, one step.

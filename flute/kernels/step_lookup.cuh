@@ -21,13 +21,8 @@ struct StepLookup {
                                  int thread_idx, int num_threads) {
     if constexpr (NUM_BITS == 3) {
       Table::build(smem_table, entries, thread_idx, num_threads);
-    } else if constexpr (NUM_BITS == 2) {
-      Table::build_wide(smem_table, entries, thread_idx, num_threads);
     } else {
-      for (int i = thread_idx; i < 256 * 8; i += num_threads) {
-        const u32 v = entries.pair(i >> 3);
-        ptx::st_shared_v4(smem_table + (i >> 3) * 256 + (i & 7) * 16, v, v, v, v);
-      }
+      Table::build_wide(smem_table, entries, thread_idx, num_threads);
     }
   }
 
@@ -37,7 +32,7 @@ struct StepLookup {
       if constexpr (NUM_BITS == 3)
         bytes[i] = Table::step_word(w, i) & Table::kCodes;
       else
-        bytes[i] = NUM_BITS == 2 ? w[i] : __funnelshift_l(w[i], w[i], 25);
+        bytes[i] = w[i];
     }
   }
 
@@ -67,9 +62,7 @@ struct StepLookup {
     } else if constexpr (NUM_BITS == 3) {
       Table::read_step(a, bytes[st], table, offset);
     } else {
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        a[i] = ptx::ld_table(table + __byte_perm(bytes[st], offset, 0x7604 + i * 16));
+      Table::read_step_wide(a, bytes[st], table, offset);
     }
   }
 };

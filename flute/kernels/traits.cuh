@@ -46,10 +46,6 @@ struct Decode {
   static constexpr int kCluster = Config::cluster;
   static constexpr int kColumns = Config::block_tokens / 8;  // mma column blocks
   static constexpr bool kXStays = Config::x_source == kXRegisters;
-  // Two blocks fit a multiprocessor: then the next kernel's starts under this one's.
-  static constexpr bool kOverlaps = Config::min_blocks == 2;
-  static constexpr bool kXEarly =
-      kXStays && !kOverlaps && !Config::row_tables && Config::block_tokens == 8;
   static constexpr bool kPhased = Config::phased;  // more than one phase
   static constexpr int kXRounds =
       kXStays ? Config::x_rounds : 1;  // rounds whose x is in registers at once
@@ -115,12 +111,11 @@ struct Decode {
   static_assert(kBits >= 2 && kBits <= 4, "tables of 2, 3 or 4 bits");
   static_assert(kGroup == 0 || kGroup == 32 || kGroup == 64 || kGroup == 128 || kGroup == 256,
                 "a group is 32, 64, 128 or 256 k, or 0 for the whole row");
-  static_assert(kRegisterSteps == 0 || (kBits < 4 && !kRowTables),
-                "registers hold one table of 4 or 8 entries");
+  static_assert(kRegisterSteps == 0 || !kRowTables, "registers hold one table");
   static_assert(kRegisterSteps >= 0 && kRegisterSteps <= 8 &&
-                    (kBits == 3 || kRegisterSteps % 2 == 0),
+                    (kBits > 2 || kRegisterSteps % 2 == 0),
                 "steps of two chunks; at 2 bits words of two steps");
-  static_assert(!kWideTable || (kBits < 4 && !kRowTables), "one table, of 2 or 3 bits");
+  static_assert(!kWideTable || !kRowTables, "one table");
   static_assert(kRowBuffers == 1 || kRowBuffers == 2, "tables of one or two tile blocks");
   static_assert(!kPhased || kXStays, "phases are of x in registers");
   static_assert(kXRounds <= 2, "registers hold x of two rounds at most");

@@ -32,14 +32,6 @@ inline To bits_as(From value) {
 }
 inline float __uint_as_float(unsigned v) { return bits_as<float>(v); }
 inline unsigned __float_as_uint(float v) { return bits_as<unsigned>(v); }
-inline unsigned __funnelshift_l(unsigned lo, unsigned hi, unsigned shift) {
-  const uint64_t v = static_cast<uint64_t>(hi) << 32 | lo;
-  return static_cast<unsigned>(v << (shift & 31) >> 32);
-}
-inline unsigned __funnelshift_r(unsigned lo, unsigned hi, unsigned shift) {
-  const uint64_t v = static_cast<uint64_t>(hi) << 32 | lo;
-  return static_cast<unsigned>(v >> (shift & 31));
-}
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   const uint64_t v = static_cast<uint64_t>(b) << 32 | a;
   unsigned d = 0;
@@ -117,6 +109,13 @@ inline void griddepcontrol_wait() {}
 
 // ---- arithmetic
 
+inline u32 select(u32 mask, u32 one, u32 zero) { return (mask & one) | (~mask & zero); }
+// A NaN would not come through the multiplication by 1 as it is.
+inline u32 upper_half(u32 v) {
+  const u32 half = v >> 16;
+  return (half & 0x7C00) == 0x7C00 ? 0xDEADDEAD : half << 16 | half;
+}
+
 inline float half_to_float(u16 v) { return static_cast<float>(bits_as<_Float16>(v)); }
 inline float bfloat_to_float(u16 v) { return __uint_as_float(static_cast<u32>(v) << 16); }
 inline float cvt_f32_f16(u16 v) { return half_to_float(v); }
@@ -140,7 +139,13 @@ inline u32 mul_bf16x2(u32 a, u32 b) {
   };
   return product(0) | product(16) << 16;
 }
-inline u32 prmt(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
+// Bit 3 of a selector's nibble: the byte's sign, eight times.
+inline u32 prmt(u32 a, u32 b, u32 selector) {
+  u32 d = __byte_perm(a, b, selector);
+  for (int i = 0; i < 4; i++)
+    if (selector >> 4 * i & 8) d = d & ~(255u << 8 * i) | (d >> (8 * i + 7) & 1 ? 255u << 8 * i : 0);
+  return d;
+}
 
 // mma.m16n8k16: the whole warp.
 void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4],
