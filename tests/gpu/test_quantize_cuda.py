@@ -9,8 +9,8 @@ from test_calibrated_methods import output_error, problem
 import flute
 from flute import cuda_quantize
 from flute.format import QuantizedWeight, QuantSpec
-from flute.methods.absmax import round_to_table
 from flute.methods import mse
+from flute.methods.absmax import round_to_table
 from flute.tables import get_table
 
 CUDA = torch.device("cuda", 0)
