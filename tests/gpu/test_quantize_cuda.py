@@ -11,6 +11,7 @@ from flute import cuda_quantize
 from flute.format import QuantizedWeight, QuantSpec
 from flute.methods import mse
 from flute.methods.absmax import round_to_table
+from flute.methods.fit import sum_by_rank
 from flute.tables import get_table
 
 CUDA = torch.device("cuda", 0)
@@ -87,3 +88,12 @@ def test_a_launch_follows_the_current_stream():
         scales = mse.group_scales(weight, table, QuantSpec(4, 64))
     torch.cuda.synchronize()
     assert torch.equal(scales, mse.group_scales(expected, table, QuantSpec(4, 64)))
+
+
+def test_sums_by_rank_repeat():
+    ranks = torch.randint(0, 16, (300, 1000), device=CUDA, dtype=torch.uint8)
+    values = torch.randn(300, 1000, device=CUDA)
+    sums = sum_by_rank(ranks, values, 16)
+    assert torch.equal(sums, sum_by_rank(ranks, values, 16))
+    exact = torch.stack([values.double()[ranks == i].sum() for i in range(16)])
+    assert torch.allclose(sums.double(), exact, atol=1e-2)
