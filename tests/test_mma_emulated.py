@@ -7,14 +7,13 @@ pieces and their sums, tables, ranges, ragged N and K, bank conflicts; not speed
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, TOLERANCE, exact_weight, random_weight, relative_error
+from emulated import compile_for_host, needs_compiler, run_on_host
+from helpers import TOLERANCE, exact_weight, random_weight, relative_error
 
 from flute import launchers, mma
 from flute.config import Gpu, Problem, kernel_group_size
@@ -23,8 +22,6 @@ from flute.jit import launch
 from flute.kernel_order import order_codes, order_scales
 from flute.mma import MmaConfig, MmaPlan
 
-CXX = shutil.which("g++") or shutil.which("clang++")
-needs_compiler = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
 NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 FEW_SMS = Gpu("sm_80", 5, 166912)
 """So that pieces part units of small problems."""
@@ -35,39 +32,18 @@ def driver(monkeypatch):
     monkeypatch.setattr(launch, "_driver", lambda: {"cuLaunchKernelEx": lambda *a: 0})
 
 
-_libraries: dict[MmaConfig, ctypes.CDLL] = {}
-
-
 def compile_kernel(config: MmaConfig, folder) -> ctypes.CDLL:
-    if config in _libraries:
-        return _libraries[config]
-    for header in launchers.KERNELS.glob("*.cuh"):
-        shutil.copy(header, folder)
-    shutil.copy(ROOT / "tests" / "emulator" / "ptx.cuh", folder)
-    (folder / "kernel.h").write_text(config.source())
-    library = folder / "kernel.so"
-    source = ROOT / "tests" / "emulator" / "emulator.cpp"
-    command = [CXX, "-std=c++20", "-O1", "-shared", "-fPIC", "-w", f"-I{folder}"]
-    subprocess.run([*command, "-o", str(library), str(source)], check=True)
-    _libraries[config] = ctypes.CDLL(str(library))
-    return _libraries[config]
+    return compile_for_host(config.source(), "flute::mma<Config>", "flute::MmaParams", folder)
 
 
 def run(library, product, pointers, *, early):
     """Do what the launches of a product would; returns what the last of each counted."""
-    counts = (ctypes.c_longlong * 6)()
+    counts = [0] * 6
     for launcher in getattr(product.launcher, "launchers", (product.launcher,)):
-        params = bytearray(launcher.params)
-        for slot, pointer in zip(launcher.slots, pointers, strict=True):
-            params[slot : slot + 8] = pointer.to_bytes(8, "little")
-        x, y, _, num_threads, _, _, smem_bytes = launcher._launch_shape
-        found = (ctypes.c_longlong * 6)()
-        raw = (ctypes.c_char * len(params)).from_buffer(params)
-        shape = (x, y, num_threads, smem_bytes, int(early))
-        library.run_grid(raw, len(params), *shape, ctypes.byref(found))
-        if smem_bytes:
+        found = run_on_host(library, launcher, pointers, early=early)
+        if launcher._launch_shape[-1]:  # shared memory
             counts = found
-    return list(counts)
+    return counts
 
 
 def check(plan, spec, dtype, scale_dtype, tables, bias, M, N, K, folder, gpu=FEW_SMS):

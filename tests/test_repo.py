@@ -26,7 +26,7 @@ LAYERS = (
     ("config",),
     ("candidates", "device", "batch", "mma"),
     ("plans",),
-    ("tuning", "cpu"),
+    ("tuning", "cpu", "cuda_quantize"),
     ("methods", "launchers", "timing", "model_shapes"),
     ("concat", "cuda", "precompile"),
     ("ops", "operands"),

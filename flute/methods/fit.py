@@ -87,7 +87,9 @@ def _alternate(weight: Tensor, spec: QuantSpec, start: Tensor, importance: Tenso
 
 def sum_by_rank(ranks: Tensor, values: Tensor, num_ranks: int) -> Tensor:
     """Sum values by their ranks: shape (num_ranks,), the same from run to run."""
-    if ranks.device.type == "cpu":  # on a GPU the order of its sums differs
+    if ranks.device.type == "cpu":
         sums = torch.bincount(ranks.flatten(), values.flatten(), minlength=num_ranks)
         return sums.to(values.dtype)
-    return torch.stack([(values * (ranks == i)).sum() for i in range(num_ranks)])
+    # On a GPU the order of bincount's sums differs; of a product's it does not.
+    every = torch.arange(num_ranks, device=ranks.device).unsqueeze(1)
+    return (ranks.flatten() == every).to(values.dtype) @ values.flatten()

@@ -10,6 +10,8 @@ when its first column is reached, for the weights as they have become by then.
 
     columns   |-------- block --------|------- the rest ------->
               errors act at once        errors act when the block is done: one matrix product
+
+On a GPU a kernel walks through a block's columns (`flute.cuda_quantize`), elsewhere torch does.
 """
 
 from __future__ import annotations
@@ -17,11 +19,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flute import cuda_quantize
 from flute.format import WHOLE_ROW, QuantizedWeight, QuantSpec
 from flute.methods.absmax import storable_scales
 from flute.methods.fit import fit_table, sample_rows
 from flute.methods.hessian import DAMPING, check_hessian, factored, row_groups
-from flute.methods.mse import group_scales
+from flute.methods.mse import NUM_REFINEMENTS, group_scales, signed_candidates
 from flute.methods.nearest import midpoints
 from flute.tables import get_table
 
@@ -85,10 +88,40 @@ def quantize(
     order, group_order = _column_order(hessian, length, reorder)
     _, upper, _ = factored(hessian[order][:, order], damping, name)
     entries, code_of_rank = table.sort(dim=1, stable=True)
-    bounds = midpoints(entries)
-    rest, whole = weight[:, order], QuantSpec(spec.num_bits, WHOLE_ROW)
-    codes = torch.empty(N, K, dtype=torch.uint8, device=weight.device)
-    scales = torch.empty(N, K // length, dtype=scale_dtype, device=weight.device)
+    rest = weight[:, order]
+    round_columns = _round_by_kernels if cuda_quantize.takes(rest) else _round_columns
+    ranks, scales = round_columns(rest, upper, entries, length, spec.num_bits, scale_dtype)
+    codes = torch.empty_like(ranks)
+    codes[:, order] = code_of_rank.to(torch.uint8).expand(N, -1).gather(1, ranks.long())
+    scales = scales[:, group_order.argsort()]
+    return QuantizedWeight(codes, scales, table, spec)
+
+
+def _round_columns(
+    rest: Tensor,
+    upper: Tensor,
+    entries: Tensor,
+    length: int,
+    num_bits: int,
+    scale_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Round one column after the other, on any device.
+
+    Args:
+        rest: the weight in the order of rounding, shape (N, K); changed.
+        upper: factor of the Hessian's inverse in that order, shape (K, K).
+        entries: ascending, shape (1 | N, T).
+        length: columns of a group.
+        num_bits: of a code.
+        scale_dtype: of the scales.
+
+    Returns:
+        Ranks of the entries, uint8, shape (N, K), and the scales as stored, shape (N, groups).
+    """
+    N, K = rest.shape
+    bounds, whole = midpoints(entries), QuantSpec(num_bits, WHOLE_ROW)
+    found = torch.empty(K, N, dtype=torch.uint8, device=rest.device)
+    scales = torch.empty(N, K // length, dtype=scale_dtype, device=rest.device)
     for first in range(0, K, _BLOCK):
         stop = min(first + _BLOCK, K)
         errors = torch.empty(stop - first, N, dtype=rest.dtype, device=rest.device)
@@ -98,18 +131,50 @@ def quantize(
                 group = slice(j, min(j + length, stop))
                 rest[:, group] -= errors[: j - first].T @ upper[first:j, group]
                 fresh = j
-                found = group_scales(rest[:, j : j + length], entries, whole)
-                stored = storable_scales(found, scale_dtype)
+                best = group_scales(rest[:, j : j + length], entries, whole)
+                stored = storable_scales(best, scale_dtype)
                 scales[:, j // length] = stored[:, 0]
                 s = stored[:, 0].float()
                 divisor = s.masked_fill(s == 0, torch.inf)
             column = rest[:, j] - errors[fresh - first : j - first].T @ upper[fresh:j, j]
             ranks = ranks_of(column / divisor, bounds)
-            codes[:, order[j]] = entry_of(code_of_rank, ranks).to(torch.uint8)
+            found[j] = ranks
             errors[j - first] = (column - entry_of(entries, ranks) * s) / upper[j, j]
         rest[:, stop:].addmm_(errors.T, upper[first:stop, stop:], alpha=-1)
-    scales = scales[:, group_order.argsort()]
-    return QuantizedWeight(codes, scales, table, spec)
+    return found.T.contiguous(), scales
+
+
+def _round_by_kernels(
+    rest: Tensor,
+    upper: Tensor,
+    entries: Tensor,
+    length: int,
+    num_bits: int,
+    scale_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Do the same on a GPU: a launch for a group's scales, one for its columns, then a product."""
+    N, K = rest.shape
+    bounds, candidates = midpoints(entries), signed_candidates(entries, num_bits)
+    # Of a column's change on those after it; the factor comes with columns side by side.
+    effect = (upper / -upper.diagonal().unsqueeze(1)).contiguous()
+    ranks = torch.empty(N, K, dtype=torch.uint8, device=rest.device)
+    scales = torch.empty(N, K // length, dtype=scale_dtype, device=rest.device)
+    for start in range(0, K, length):
+        group = rest[:, start : start + length]
+        best = cuda_quantize.search(group, length, entries, bounds, candidates, NUM_REFINEMENTS)
+        stored = storable_scales(best, scale_dtype)
+        scales[:, start // length] = stored[:, 0]
+        s = stored.float()
+        for first in range(start, start + length, cuda_quantize.COLUMNS):
+            stop = min(first + cuda_quantize.COLUMNS, start + length)
+            block = slice(first, stop)
+            changes = cuda_quantize.feedback(
+                *(rest[:, block], None, s, entries, bounds, effect[block, block], ranks[:, block]),
+                first=0,
+                length=length,
+            )
+            rest[:, stop:].addmm_(changes, effect[block, stop:])
+    return ranks, scales
 
 
 def ranks_of(values: Tensor, bounds: Tensor, out: Tensor | None = None) -> Tensor:

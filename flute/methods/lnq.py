@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flute import cuda_quantize
 from flute.format import QuantizedWeight, QuantSpec
 from flute.methods import gptq
 from flute.methods.absmax import storable_scales
@@ -207,10 +208,18 @@ def _fit_scales(part: Part, entries: Tensor, ranks: Tensor, scales: Tensor) -> T
 
 def _descend(part: Part, entries: Tensor, ranks: Tensor, scales: Tensor) -> Tensor:
     """Return better codes of a part's rows: one sweep, each code the best given all others."""
-    weight, full, entries, scales = part.weight, part.full, part.of(entries), scales[part.rows]
+    own = (part.of(entries), ranks[part.rows], scales[part.rows])
+    if cuda_quantize.takes(part.weight):
+        return _descend_by_kernels(part, *own)
+    return _descend_by_columns(part, *own)
+
+
+def _descend_by_columns(part: Part, entries: Tensor, ranks: Tensor, scales: Tensor) -> Tensor:
+    """Descend on any device; entries, ranks and scales are those of the part's rows."""
+    weight, full = part.weight, part.full
     N, K = weight.shape
     bounds = midpoints(entries)
-    errors = weight - values_of(entries, ranks[part.rows]) * _per_column(scales, K)
+    errors = weight - values_of(entries, ranks) * _per_column(scales, K)
     scales_by_group = scales.T.contiguous()
     divisors = scales_by_group.masked_fill(scales_by_group == 0, torch.inf)
     length = K // scales.shape[1]
@@ -229,3 +238,24 @@ def _descend(part: Part, entries: Tensor, ranks: Tensor, scales: Tensor) -> Tens
             torch.addcmul(values[i], entry, scales_by_group[g], value=-1, out=changes[i])
         errors[:, block] += changes.T
     return found.T.contiguous()
+
+
+def _descend_by_kernels(part: Part, entries: Tensor, ranks: Tensor, scales: Tensor) -> Tensor:
+    """Descend on a GPU: a product for what a block's columns should be, a launch to round them."""
+    K = part.weight.shape[1]
+    length = K // scales.shape[1]
+    errors = part.weight - values_of(entries, ranks) * _per_column(scales, K)
+    effect = (part.full / part.full.diagonal()).contiguous()
+    bounds = midpoints(entries)
+    found = torch.empty(ranks.shape, dtype=torch.uint8, device=ranks.device)
+    for first in range(0, K, cuda_quantize.COLUMNS):
+        block = slice(first, min(first + cuda_quantize.COLUMNS, K))
+        values = part.weight[:, block] - errors[:, block]
+        aims = torch.addmm(values, errors, effect[:, block])
+        errors[:, block] += cuda_quantize.feedback(
+            *(aims, values, scales[:, first // length :], entries, bounds, effect[block, block]),
+            found[:, block],
+            first=first % length,
+            length=length,
+        )
+    return found.long()

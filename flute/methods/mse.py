@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from flute import cuda_quantize
 from flute.cpu import quantize as quantize_by_library
 from flute.format import QuantizedWeight, QuantSpec
 from flute.methods.absmax import reach_of, round_to_table, storable_scales
@@ -32,7 +33,7 @@ _RATIOS = {4: (0.55, 1.5), 3: (0.30, 1.05), 2: (0.30, 1.05)}
 """Smallest and largest candidate as shares of the absmax scale, by bits. Above 1, the largest
 weight of a group moves to the entry inside the table's end: it pays for 16 entries (group 32: 2 %
 less error for nf4, 6 % for fp4), not for fewer, nor beyond the scale that puts it there."""
-_NUM_REFINEMENTS = 2
+NUM_REFINEMENTS = 2
 """Rounds of (codes for the scale, best scale for those codes) from each candidate."""
 _BLOCK = {"cpu": 1 << 18, "cuda": 1 << 22}
 """Weights searched at a time: about 200 bytes of scratch each at 4 bits. On the CPU it stays in the
@@ -80,7 +81,11 @@ def group_scales(weight: Tensor, table: Tensor, spec: QuantSpec) -> Tensor:
             [_candidates(one, _RATIOS[spec.num_bits]), midpoints(one), *_steps(one, length)]
             for one in (entries, -entries.flip(1))
         ]
-        return quantize_by_library.search(weight, length, trials, _NUM_REFINEMENTS)
+        return quantize_by_library.search(weight, length, trials, NUM_REFINEMENTS)
+    if cuda_quantize.takes(weight):
+        entries = table.sort(dim=1)[0]
+        table_of = (entries, midpoints(entries), signed_candidates(entries, spec.num_bits))
+        return cuda_quantize.search(weight, length, *table_of, NUM_REFINEMENTS)
     rows = max(1, _BLOCK.get(weight.device.type, 1 << 22) // K)
 
     def search(start: int) -> Tensor:
@@ -134,7 +139,7 @@ def search_scales(groups: Tensor, entries: Tensor, ratios: tuple[float, float]) 
     for sign, table in ((1, entries), (-1, -entries.flip(1))):
         scales = _candidates(table, ratios)
         below = _count_below(ascending, scales.unsqueeze(2) * midpoints(table).unsqueeze(1))
-        for refinement in range(1 + _NUM_REFINEMENTS):
+        for refinement in range(1 + NUM_REFINEMENTS):
             if refinement:
                 below = torch.searchsorted(ascending, scales * midpoints(table), right=True)
                 below = below.unsqueeze(1)
@@ -158,6 +163,12 @@ def _candidates(table: Tensor, ratios: tuple[float, float]) -> Tensor:
     high = (reach / inner.clamp_min(1e-9 * reach)).clamp(1.05, ratios[1]) / reach
     steps = torch.linspace(0, 1, _NUM_CANDIDATES - 1, dtype=table.dtype, device=table.device)
     return torch.cat((1 / reach, low + (high - low) * steps), 1)
+
+
+def signed_candidates(entries: Tensor, num_bits: int) -> Tensor:
+    """Scales to try for tables and for their negatives: ascending (1 | N, T) -> (1 | N, 2, C)."""
+    ratios = _RATIOS[num_bits]
+    return torch.stack([_candidates(one, ratios) for one in (entries, -entries.flip(1))], 1)
 
 
 def _count_below(ascending: Tensor, bounds: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-// Runs an mma kernel on the host, a block at a time: each thread is a fiber, instructions of a warp
-// wait for its lanes. kernel.h is generated: it includes the kernel and defines Config.
+// Runs a kernel on the host, a block at a time: each thread is a fiber, instructions of a warp wait
+// for its lanes. kernel.h is generated: it includes the kernel, defines Config, and says which
+// kernel (EMULATED_KERNEL) takes which structure (EMULATED_PARAMS).
 //
 // Asynchronous copies land as late as they may (when waited for) or, with `early`, at once: a read
 // before its wait, or a stage filled while in use, gives wrong sums in one of the two.
@@ -155,6 +156,22 @@ unsigned __shfl_sync(unsigned, unsigned value, int from) {
   return found;
 }
 
+float __shfl_sync(unsigned mask, float value, int from) {
+  return __uint_as_float(__shfl_sync(mask, __float_as_uint(value), from));
+}
+float __shfl_xor_sync(unsigned mask, float value, int other) {
+  return __shfl_sync(mask, value, lane() ^ other);
+}
+unsigned __ballot_sync(unsigned, bool vote) {
+  WarpOperands& warp = own();
+  warp.v[lane()] = vote;
+  __syncwarp();
+  unsigned votes = 0;
+  for (int i = 0; i < 32; i++) votes |= warp.v[i] << i;
+  __syncwarp();
+  return votes;
+}
+
 namespace flute {
 namespace ptx {
 
@@ -234,8 +251,8 @@ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4],
 }  // namespace flute
 
 namespace {
-flute::MmaParams params;
-void call() { flute::mma<Config>(params); }
+EMULATED_PARAMS params;
+void call() { EMULATED_KERNEL(params); }
 }  // namespace
 
 // Run a grid; returns wavefronts of reads, writes and ldmatrix, then those without conflicts.

@@ -2,6 +2,7 @@
 // wrappers do on one lane of an emulated warp what the instructions do on a GPU.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -40,6 +41,11 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   return d;
 }
 unsigned __shfl_sync(unsigned mask, unsigned value, int lane);
+float __shfl_sync(unsigned mask, float value, int lane);
+float __shfl_xor_sync(unsigned mask, float value, int lane);
+unsigned __ballot_sync(unsigned mask, bool vote);
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
