@@ -94,7 +94,7 @@ def test_your_own_models_are_measured_as_they_are(tmp_path):
         (["--model", "tiny", "llama-3-8b"], "expected one name of shapes, or folders"),
         (["--model", DEMO_MODEL, DEMO_MODEL], "two folders are named llama-demo-7m"),
         (["--model", DEMO_MODEL, "--layers", "1"], "not a folder's model"),
-        (["--variants", "w5"], "expected some of fp16, w4, w3, w2, gptq"),
+        (["--variants", "w5"], "expected some of fp16, w4, w3, w2, gptq, w4h"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused_in_a_line(arguments, message):
