@@ -39,6 +39,18 @@ def test_folders_say_how_they_are_quantised(tmp_path, variant):
     assert (tmp_path / "tokenizer.json").exists()
 
 
+def test_variants_with_a_quantised_head(tmp_path):
+    serving_models.write_folder(tmp_path, "w2h", "tiny", 1, DEMO_MODEL)
+    config = json.loads((tmp_path / "config.json").read_text())
+    found = CheckpointConfig.from_dict(config["quantization_config"])
+    assert found.quantized_head == "lm_head"
+    assert found.spec_of("lm_head") == QuantSpec(4, 64)
+    assert found.spec_of("model.layers.0.mlp.up_proj") == QuantSpec(2, 128)
+    model = serving_models.random_model("w2h", "tiny", 1, torch.device("cpu"))
+    assert model.lm_head.spec == QuantSpec(4, 64)
+    assert model.lm_head.out_features == 8192
+
+
 def test_random_models_are_quantised_but_for_the_head():
     model = serving_models.random_model("w3", "tiny", 1, torch.device("cpu"))
     layers = [m for m in model.modules() if isinstance(m, (LutLinear, torch.nn.Linear))]
