@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 serving_models = pytest.importorskip("serving_models")
 profile_decode = pytest.importorskip("profile_decode")
 
-from flute.format import CheckpointConfig  # noqa: E402
+from flute.format import CheckpointConfig, QuantSpec  # noqa: E402
 from flute.linear import LutLinear  # noqa: E402
 from flute.model import QuantizeOptions  # noqa: E402
 from flute.stream import quantize_checkpoint  # noqa: E402
