@@ -12,6 +12,7 @@ Or a well-known model's shapes, with weights that vLLM makes up, in all variants
 
     fp16        dense
     w4 w3 w2    flute, group 128
+    w4h ...     the same with the output head at 4 bits, group 64
     gptq        int4 in GPTQ's format, group 128, through vLLM's default kernel
 
     python benchmarks/bench_serving.py --model llama-3-8b --variants fp16 w4 gptq

@@ -22,13 +22,17 @@ from flute.linear import LutLinear
 from flute.tables import get_table
 
 GROUP_SIZE = 128
+HEAD = QuantSpec(4, 64)
+"""Of the output head, where it is quantised: 4 bits whatever the layers have, in small groups."""
 SHAPES: dict[str, dict[str, int]] = {  # hidden, intermediate, layers, heads, kv heads, vocabulary
     "llama-3-8b": {"h": 4096, "i": 14336, "l": 32, "a": 32, "kv": 8, "v": 128256},
     "llama-3-70b": {"h": 8192, "i": 28672, "l": 80, "a": 64, "kv": 8, "v": 128256},
     "tiny": {"h": 256, "i": 768, "l": 2, "a": 4, "kv": 2, "v": 8192},
 }
 VARIANTS: dict[str, int] = {"fp16": 16, "w4": 4, "w3": 3, "w2": 2, "gptq": 4}
-"""What is compared -> bits per weight; gptq is int4 in GPTQ's format, multiplied by the engine."""
+VARIANTS |= {"w4h": 4, "w3h": 3, "w2h": 2}
+"""What is compared -> bits per weight; gptq is int4 in GPTQ's format, multiplied by the engine; of
+those with an h the output head is quantised too."""
 
 
 def llama_config(shape: str, layers: int | None = None) -> transformers.LlamaConfig:
@@ -64,9 +68,18 @@ def quantization_config(variant: str) -> dict[str, Any] | None:
             "sym": True,
             "lm_head": False,
         }
-    return CheckpointConfig(
-        bits, GROUP_SIZE, scale_dtype="float16", modules_to_not_convert=("lm_head",)
-    ).to_dict()
+    common = {"scale_dtype": "float16"}
+    if has_quantized_head(variant):
+        own = {"num_bits": HEAD.num_bits, "group_size": HEAD.group_size}
+        head = {"quantized_head": "lm_head", "overrides": {"lm_head": own}}
+        return CheckpointConfig(bits, GROUP_SIZE, **common, **head).to_dict()
+    dense = {"modules_to_not_convert": ("lm_head",)}
+    return CheckpointConfig(bits, GROUP_SIZE, **common, **dense).to_dict()
+
+
+def has_quantized_head(variant: str) -> bool:
+    """Tell whether a variant's output head is quantised."""
+    return variant.startswith("w") and variant.endswith("h")
 
 
 def write_folder(
@@ -85,7 +98,7 @@ def write_folder(
 def random_model(
     variant: str, shape: str, layers: int | None, device: torch.device
 ) -> transformers.PreTrainedModel:
-    """Return a model in memory whose linear layers but the output head are quantised."""
+    """Return a model in memory whose linear layers are quantised, the output head if asked for."""
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(
             llama_config(shape, layers), dtype=torch.float16
@@ -97,6 +110,8 @@ def random_model(
     linears = [(n, m) for n, m in model.model.named_modules() if isinstance(m, torch.nn.Linear)]
     for name, linear in linears:
         model.model.set_submodule(name, _random_layer(linear, spec, device))
+    if has_quantized_head(variant):
+        model.set_submodule("lm_head", _random_layer(model.lm_head, HEAD, device))
     flute.prepare(model)
     return model
 

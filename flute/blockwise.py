@@ -8,7 +8,7 @@ Models in memory, checkpoints on disk and quantise-on-load all come here, so tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -30,6 +30,10 @@ from flute.methods import (
 from flute.methods.fit import sample_rows
 from flute.tables import TableLike
 from flute.training import LearnOptions, learn_block
+
+_MAX_WEIGHTS = 1 << 27
+"""Weights of a matrix that are quantised at a time, in blocks of rows: an output head has 4 times
+as many, and the search for scales takes several copies of a block in fp32."""
 
 
 def quantize_weight(
@@ -58,13 +62,37 @@ def quantize_weight(
             "or `flute.quantize_model(model, ..., calibration=windows)`."
         )
     check_weight(weight, f"{name}.weight", first_row)
-    spec = config.spec_of(name)
-    dense, scale_dtype = weight.detach().float().contiguous(), SCALE_DTYPES[config.scale_dtype]
-    entries = table_for(config.method, dense[sample_rows(*dense.shape)], spec, table)
-    try:
-        return METHODS[config.method](dense, spec, entries, scale_dtype)
-    except FormatError as error:
-        raise FormatError(f"`{name}.weight`: {error}") from error
+    spec, dense = config.spec_of(name), weight.detach()
+    entries = table_for(config.method, dense[sample_rows(*dense.shape)].float(), spec, table)
+    step = max(1, _MAX_WEIGHTS // dense.shape[1])
+    parts = []
+    for start in range(0, len(dense), step):
+        rows = slice(start, start + step)
+        own = entries[rows] if len(entries) > 1 else entries
+        block = dense[rows].float().contiguous()
+        try:
+            part = METHODS[config.method](block, spec, own, SCALE_DTYPES[config.scale_dtype])
+        except FormatError as error:
+            raise FormatError(f"`{name}.weight`: {error}") from error
+        parts.append(part)
+    done = parts[0] if len(parts) == 1 else _joined(parts)
+    if config.table_scope == "row" and len(done.table) < len(dense):
+        return replace(done, table=done.table.repeat(len(dense), 1))
+    return done
+
+
+def _joined(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Return the parts of one matrix, one below the other; they have one table, or one per row."""
+    codes, scales = torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts])
+    table = parts[0].table
+    if len(table) > 1:
+        table = torch.cat([p.table for p in parts])
+    return QuantizedWeight(codes, scales, table, parts[0].spec)
+
+
+def without_calibration(config: CheckpointConfig) -> CheckpointConfig:
+    """Return a config for a layer that has no Hessian: "mse" where the method needs one."""
+    return replace(config, method="mse") if config.method in CALIBRATED else config
 
 
 def quantize_block(

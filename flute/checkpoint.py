@@ -68,6 +68,7 @@ class CheckpointReader:
             files = [single]
         self._files = self._find_files() if files is None else _tensors_of(files)
         self._info: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self._aliases: dict[str, str] = {}
         for path in dict.fromkeys(self._files.values()):
             self._read_header(path)
         missing = sorted(set(self._files) - set(self._info))
@@ -128,6 +129,16 @@ class CheckpointReader:
         """The weight files."""
         return sorted(set(self._files.values()))
 
+    def alias(self, name: str, of: str) -> None:
+        """Let a tensor be read under another name too, as a head that is tied to an embedding.
+
+        Args:
+            name: that no tensor has.
+            of: the tensor's own.
+        """
+        self._info[name], self._files[name] = self._info[of], self._files[of]
+        self._aliases[name] = of
+
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a tensor."""
         return self._info[name][0]
@@ -144,13 +155,13 @@ class CheckpointReader:
     def tensor(self, name: str) -> Tensor:
         """Return a whole tensor."""
         with open_safetensors(self._files[name]) as file:
-            tensor: Tensor = file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(self._aliases.get(name, name))
             return tensor
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows ``start`` to ``stop`` (excluded) of a tensor's first dimension."""
         with open_safetensors(self._files[name]) as file:
-            part: Tensor = file.get_slice(name)[start:stop]
+            part: Tensor = file.get_slice(self._aliases.get(name, name))[start:stop]
             return part
 
     def blocks(self, name: str, max_bytes: int = 1 << 24) -> Iterator[Tensor]:

@@ -268,6 +268,8 @@ class CheckpointConfig:
         modules_to_not_convert: full names of linear layers left dense.
         overrides: full module name -> {"num_bits": ..., "group_size": ...} where it differs.
         quantized_experts: whether MoE experts are quantised, a matrix per expert and projection.
+        quantized_head: full name of the output head if that is quantised, else empty; an embedding
+            that it was tied to is dense, and the model's config does not tie them any more.
         format_version: version of the tensors' layout on disk.
 
     Raises:
@@ -283,6 +285,7 @@ class CheckpointConfig:
     modules_to_not_convert: tuple[str, ...] = ()
     overrides: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     quantized_experts: bool = False
+    quantized_head: str = ""
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -301,6 +304,11 @@ class CheckpointConfig:
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise FormatError(f"`modules_to_not_convert` is {names!r}; expected a list of names.")
         object.__setattr__(self, "modules_to_not_convert", tuple(names))
+        if not isinstance(self.quantized_head, str) or self.quantized_head in names:
+            raise FormatError(
+                f"`quantized_head` is {self.quantized_head!r}; expected the name of the output "
+                "head, which `modules_to_not_convert` must not have."
+            )
         if not isinstance(self.overrides, Mapping):
             raise FormatError(f"`overrides` is {self.overrides!r}; expected an object.")
         QuantSpec(self.num_bits, self.group_size)
@@ -328,8 +336,9 @@ class CheckpointConfig:
         """Return the JSON object stored under ``quantization_config``."""
         config = {**asdict(self), "quant_method": "flute"}
         config["modules_to_not_convert"] = list(self.modules_to_not_convert)
-        if not self.quantized_experts:
-            del config["quantized_experts"]
+        for key in ("quantized_experts", "quantized_head"):
+            if not config[key]:
+                del config[key]
         config["overrides"] = {name: dict(spec) for name, spec in self.overrides.items()}
         return config
 

@@ -70,7 +70,7 @@ class CheckpointWalk:
         self._dtype = reader.dtype(next(iter(layers)))
         keys, _ = model_keys(self._model, reader.names)
         self._on_disk = {key: name for name, key in keys.items()}
-        blocks = find_blocks(self._model, list(plan.shapes))
+        blocks = find_blocks(self._model, list(plan.body))
         self.block_of = {layer: block.index for block in blocks for layer in block.layers}
         """Full module name -> index of its block."""
         check_windows(self._model, windows)
@@ -102,7 +102,7 @@ class CheckpointWalk:
     def _start(self) -> BlockWalk:
         """Load what comes before the blocks, take the windows through it, and let it go."""
         model: Any = self._model
-        prefix = find_blocks(model, list(self._plan.shapes))[0].name.rpartition(".")[0] + "."
+        prefix = find_blocks(model, list(self._plan.body))[0].name.rpartition(".")[0] + "."
         head = getattr(model, "get_output_embeddings", lambda: None)()
         heads = {name for name, module in model.named_modules() if module is head}
         wanted = [
@@ -115,12 +115,12 @@ class CheckpointWalk:
         token_weights = None
         if self._options.guided:
             self._load_all()
-            token_weights = output_weights(model, self._plan.shapes, self._windows)
+            token_weights = output_weights(model, self._plan.body, self._windows)
             model.to("meta")
         _make_buffers(model, self._device)
         model.load_state_dict(self._read(wanted), strict=False, assign=True)
         walk = BlockWalk(
-            *(model, list(self._plan.shapes), self._windows, self._device),
+            *(model, list(self._plan.body), self._windows, self._device),
             keep_dense=self._options.learn is not None,
             token_weights=token_weights,
         )
@@ -146,7 +146,7 @@ class CheckpointWalk:
         progress = self._progress
         self._load_all()
         weights = quantize_end_to_end(
-            *(self._model, self._plan.config, list(self._plan.shapes), self._options.table, learn),
+            *(self._model, self._plan.config, list(self._plan.body), self._options.table, learn),
             self._windows,
             guided=self._options.guided,
             report=None if progress is None else lambda text: progress.advance(0, text),

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flute.blockwise import quantize_block, quantize_weight
+from flute.blockwise import quantize_block, quantize_weight, without_calibration
 from flute.calibration import BlockWalk, CalibrationError
+from flute.dense import check_head, untie_head, why_dense
 from flute.end_to_end import quantize_end_to_end
 from flute.errors import FormatError, UnsupportedProblemError
 from flute.experts import split_experts, takes_experts
-from flute.format import GROUP_SIZES, SCALE_DTYPES, WHOLE_ROW, CheckpointConfig, QuantizedWeight
+from flute.format import SCALE_DTYPES, CheckpointConfig, QuantizedWeight, QuantSpec
+from flute.groups import fit_groups, head_group
 from flute.guidance import output_weights
 from flute.linear import LutLinear
 from flute.methods import BY_HESSIAN, CALIBRATED, check_table_scope, fits_table, resolve_table
@@ -31,9 +33,6 @@ from flute.reference import dequantize
 from flute.rotation import rotate_model
 from flute.tables import FAMILIES, TableLike
 from flute.training import LearnOptions
-
-ROUTER_NAMES = ("gate", "router", "shared_expert_gate", "wg")
-"""Last components of the names of MoE routers: tiny, and every token's path hangs on them."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,10 @@ class QuantizeOptions:
         hadamard: rotate the model first (`flute.rotation`); it computes the same.
         guided: weight the Hessians of "gptq" and "lnq" by what each output error costs the whole
             model (`flute.guidance`). The dense model must fit into memory for that.
+        head_bits: bits per weight of the output head, which stays dense if None. It takes
+            ``method``, or "mse" where that needs calibration: the head is in no decoder block. One
+            that is tied to the embedding gets a weight of its own; the embedding stays dense.
+        head_group_size: weights per scale of the head; None is ``group_size``.
 
     Raises:
         FormatError: a value out of range, or a table that does not fit.
@@ -73,6 +76,8 @@ class QuantizeOptions:
     bits_by_layer: Mapping[str, int] = field(default_factory=dict)
     hadamard: bool = False
     guided: bool = False
+    head_bits: int | None = None
+    head_group_size: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.skip, str):
@@ -93,7 +98,9 @@ class QuantizeOptions:
                 f"`guided` weights Hessians, which {self.basis!r} has none of: use one of "
                 f"{BY_HESSIAN}, or 'nfl' that starts from one."
             )
-        if self.bits_by_layer and self.table is not None and self.table_name == "custom":
+        self._check_head()
+        several = self.bits_by_layer or self.head_bits not in (None, self.num_bits)
+        if several and self.table is not None and self.table_name == "custom":
             raise FormatError(
                 "A table of your own has entries for one number of bits; layers of several take a "
                 f"family: one of {FAMILIES}."
@@ -103,6 +110,23 @@ class QuantizeOptions:
                 f"`scale_dtype` is {self.scale_dtype!r}; expected one of {tuple(SCALE_DTYPES)}, or "
                 "None for the model's own."
             )
+
+    def _check_head(self) -> None:
+        if self.head_bits is None and self.head_group_size is not None:
+            raise FormatError(
+                f"`head_group_size` is {self.head_group_size}, but the output head stays dense: "
+                "give `head_bits` (`--head-bits`) too."
+            )
+        if self.head_bits is not None:
+            try:
+                QuantSpec(self.head_bits, self.head_group)
+            except FormatError as error:
+                raise FormatError(f"Of the output head: {error}") from error
+
+    @property
+    def head_group(self) -> int:
+        """The output head's weights per scale that were asked for."""
+        return self.group_size if self.head_group_size is None else self.head_group_size
 
     @property
     def basis(self) -> str:
@@ -129,18 +153,25 @@ class ModelPlan:
         config: goes into the checkpoint; names the linears left dense and the overrides.
         shapes: full name of each layer to quantise -> (N, K).
         dense: full name of each linear layer or expert tensor left dense -> why.
+        head: full name of the output head if it is one of ``shapes``, else empty.
     """
 
     config: CheckpointConfig
     shapes: Mapping[str, tuple[int, int]]
     dense: Mapping[str, str] = field(default_factory=dict)
+    head: str = ""
+
+    @property
+    def body(self) -> dict[str, tuple[int, int]]:
+        """``shapes`` without the output head: the layers of decoder blocks."""
+        return {name: shape for name, shape in self.shapes.items() if name != self.head}
 
 
 def plan_model(model: nn.Module, options: QuantizeOptions, prefix: str = "") -> ModelPlan:
     """Choose the layers to quantise: every `nn.Linear` but output heads, routers and skipped names.
 
-    A layer whose K is no multiple of the group size takes the largest smaller group that divides
-    it, with a warning.
+    The output head is one of them if ``options`` has bits for it. A layer whose K is no multiple of
+    the group size takes the largest smaller group that divides it, with a warning.
 
     Args:
         model: a model, on any device ("meta" suffices).
@@ -149,16 +180,23 @@ def plan_model(model: nn.Module, options: QuantizeOptions, prefix: str = "") -> 
 
     Raises:
         FormatError: a layer that no group fits; the message names every such layer.
-        UnsupportedProblemError: nothing is left to quantise.
+        UnsupportedProblemError: nothing is left to quantise, or a head that cannot be quantised.
     """
     linears = {
         prefix + name: module
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, nn.Linear)
     }
-    dense = _dense_by_kind(model, prefix)
+    dense = why_dense(model, prefix)
+    head = prefix + check_head(model) if options.head_bits is not None else ""
+    dense.pop(head, None)
     for pattern in options.skip:
         matched = [name for name in linears if matches(name, pattern)]
+        if head in matched:
+            raise FormatError(
+                f"`skip` pattern {pattern!r} leaves the output head `{head}` dense, and "
+                f"`head_bits` asks for {options.head_bits} bits. Drop one of them."
+            )
         dense |= dict.fromkeys(matched, "skipped by pattern")
         if not matched:
             warnings.warn(f"`skip` pattern {pattern!r} matches no linear layer.", stacklevel=3)
@@ -167,7 +205,7 @@ def plan_model(model: nn.Module, options: QuantizeOptions, prefix: str = "") -> 
         for name, module in linears.items()
         if name not in dense
     }
-    if not shapes:
+    if not set(shapes) - {head}:
         raise UnsupportedProblemError(
             f"{type(model).__name__} has no linear layer to quantise ({len(linears)} in all, "
             f"{len(dense)} left dense: {', '.join(sorted(set(dense.values()))) or 'none found'})."
@@ -181,9 +219,10 @@ def plan_model(model: nn.Module, options: QuantizeOptions, prefix: str = "") -> 
         table_scope=_table_scope(options, shapes),
         scale_dtype=options.scale_dtype or _own_scale_dtype(linears[name] for name in shapes),
         modules_to_not_convert=tuple(name for name in linears if name in dense),
-        overrides=_overrides(shapes, options),
+        overrides=_overrides(shapes, options, head),
+        quantized_head=head,
     )
-    return ModelPlan(config, shapes, dense)
+    return ModelPlan(config, shapes, dense, head)
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -191,97 +230,31 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatch(name, pattern) or fnmatch(name, "*." + pattern)
 
 
-def _dense_by_kind(model: nn.Module, prefix: str) -> dict[str, str]:
-    dense: dict[str, str] = {}
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    by_parameter: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        weight = getattr(module, "weight", None)
-        if isinstance(module, (nn.Linear, nn.Embedding)) and isinstance(weight, nn.Parameter):
-            by_parameter.setdefault(id(weight), []).append(name)
-        if not isinstance(module, nn.Linear):
-            dense |= {
-                prefix + f"{name}.{key}": "MoE experts fused into one tensor"
-                for key, p in module.named_parameters(recurse=False)
-                if p.ndim == 3 and "expert" in name
-            }
-        elif module is head:
-            dense[prefix + name] = "output head"
-        elif name.rpartition(".")[2] in ROUTER_NAMES:
-            dense[prefix + name] = "MoE router"
-        elif module.in_features < min(GROUP_SIZES):
-            dense[prefix + name] = f"rows of {module.in_features} weights are too short"
-        elif any(part in _kept_in_fp32(model) for part in name.split(".")):
-            dense[prefix + name] = "its model keeps it in float32"
-        elif isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            dense[prefix + name] = "its parent reads the weight instead of calling it"
-        elif type(module).forward is not nn.Linear.forward:
-            dense[prefix + name] = f"{type(module).__name__} is more than a linear layer"
-    tied = {name for names in by_parameter.values() if len(names) > 1 for name in names}
-    tied |= {key.removesuffix(".weight") for key in getattr(model, "all_tied_weights_keys", {})}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear) and name in tied:
-            dense.setdefault(prefix + name, "tied to another layer")
-    return dense
-
-
-def _kept_in_fp32(model: nn.Module) -> set[str]:
-    names: set[str] = set()
-    for kind in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-        names |= set(getattr(model, kind, None) or ())
-    return names
-
-
 def _overrides(
-    shapes: Mapping[str, tuple[int, int]], options: QuantizeOptions
+    shapes: Mapping[str, tuple[int, int]], options: QuantizeOptions, head: str
 ) -> dict[str, dict[str, int]]:
     """Return the layers that differ from the model's bits or group size, and in what.
 
     Raises:
         FormatError: bits for a layer that is not quantised, or a layer that no group fits.
     """
-    unknown = sorted(set(options.bits_by_layer) - set(shapes))
+    body = {name: shape for name, shape in shapes.items() if name != head}
+    unknown = sorted(set(options.bits_by_layer) - set(body))
     if unknown:
-        raise FormatError(f"`bits_by_layer` names `{unknown[0]}`, which is not quantised.")
-    overrides = fit_groups(shapes, options.group_size)
+        advice = " Its bits are `head_bits`." if unknown[0] == head else ""
+        raise FormatError(f"`bits_by_layer` names `{unknown[0]}`, which is not quantised.{advice}")
+    overrides = fit_groups(body, options.group_size)
     for name, bits in options.bits_by_layer.items():
         if bits != options.num_bits:
             overrides.setdefault(name, {})["num_bits"] = bits
+    if head:
+        assert options.head_bits is not None, "a head is planned where it has bits"
+        group = head_group(head, shapes[head], options.head_group)
+        asked = {"num_bits": options.head_bits, "group_size": group}
+        common = {"num_bits": options.num_bits, "group_size": options.group_size}
+        own = {key: value for key, value in asked.items() if value != common[key]}
+        overrides |= {head: own} if own else {}
     return overrides
-
-
-def fit_groups(shapes: Mapping[str, tuple[int, int]], group_size: int) -> dict[str, dict[str, int]]:
-    """Return overrides, name -> {"group_size": ...}, of layers that take a smaller group; warn.
-
-    Args:
-        shapes: full name of each layer -> (N, K).
-        group_size: asked for.
-
-    Raises:
-        FormatError: a layer that no group fits; the message names every such layer.
-    """
-    if group_size == WHOLE_ROW:
-        return {}
-    ragged = {name: K for name, (_, K) in shapes.items() if K % group_size}
-    fits = {
-        name: max((g for g in GROUP_SIZES if g < group_size and K % g == 0), default=0)
-        for name, K in ragged.items()
-    }
-    refused = [f"`{name}` (K={ragged[name]})" for name, group in fits.items() if not group]
-    if refused:
-        raise FormatError(
-            f"No group of 32 .. {group_size} weights divides the rows of {len(refused)} layers: "
-            f"{', '.join(refused[:8])}{', ...' if len(refused) > 8 else ''}. Use one scale per row "
-            f"(group size {WHOLE_ROW}), or skip these layers."
-        )
-    if fits:
-        named = [f"`{name}` (K={ragged[name]}: {group})" for name, group in fits.items()]
-        warnings.warn(
-            f"group_size={group_size} does not divide the rows of {len(fits)} layers; they take "
-            f"smaller groups: {', '.join(named[:4])}{', ...' if len(named) > 4 else ''}",
-            stacklevel=4,
-        )
-    return {name: {"group_size": group} for name, group in fits.items()}
 
 
 def _table_scope(options: QuantizeOptions, shapes: Mapping[str, tuple[int, int]]) -> str:
@@ -370,6 +343,8 @@ def quantize_model(
         model.set_submodule(name, layer)
         if progress:
             progress(name, linear.in_features * linear.out_features)
+    if plan.head:
+        untie_head(model, plan.head)
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_dict"):  # for save_pretrained to record
         config.quantization_config = plan.config.to_dict()
@@ -401,17 +376,29 @@ def _quantized_layers(
             dense = model.get_parameter(f"{name}.weight").data
             yield name, quantize_weight(dense, name, plan.config, options.table)
         return
+    body = list(plan.body)
     if options.learn is not None and options.learn.end_to_end:
         learned = quantize_end_to_end(
-            *(model, plan.config, list(plan.shapes), options.table, options.learn, calibration),
+            *(model, plan.config, body, options.table, options.learn, calibration),
             guided=options.guided,
         )
         yield from learned.items()
-        return
+    else:
+        yield from _calibrated_layers(model, plan, options, calibration)
+    if plan.head:
+        dense = model.get_parameter(f"{plan.head}.weight").data
+        config = without_calibration(plan.config)
+        yield plan.head, quantize_weight(dense, plan.head, config, options.table)
+
+
+def _calibrated_layers(
+    model: nn.Module, plan: ModelPlan, options: QuantizeOptions, calibration: Tensor
+) -> Iterator[tuple[str, QuantizedWeight]]:
+    """Yield the layers of the decoder blocks, block by block."""
     walk = BlockWalk(
-        *(model, list(plan.shapes), calibration),
+        *(model, list(plan.body), calibration),
         keep_dense=options.learn is not None,
-        token_weights=output_weights(model, plan.shapes, calibration) if options.guided else None,
+        token_weights=output_weights(model, plan.body, calibration) if options.guided else None,
     )
     for block in walk.blocks:
         weights = {name: model.get_parameter(f"{name}.weight").data for name in block.layers}

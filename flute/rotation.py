@@ -157,15 +157,11 @@ class RotatedReader(CheckpointReader):
 
     def __init__(self, directory: str | Path, seed: int = 0) -> None:
         super().__init__(directory)
-        self._rotation = Rotation(self.config, self._info, self._dense, seed)
-        self._is_tied = _HEAD not in self._info
-        if self._is_tied:
-            self._info[_HEAD], self._files[_HEAD] = self._info[_EMBEDDING], self._files[_EMBEDDING]
+        self._rotation = Rotation(self.config, self._info, super().tensor, seed)
+        if _HEAD not in self._info:
+            self.alias(_HEAD, _EMBEDDING)
         self.config = {**self.config, "tie_word_embeddings": False}
         self._last: tuple[str, Tensor] | None = None
-
-    def _dense(self, name: str) -> Tensor:
-        return super().tensor(_EMBEDDING if name == _HEAD and self._is_tied else name)
 
     def tensor(self, name: str) -> Tensor:
         """Return a whole tensor of the rotated model."""

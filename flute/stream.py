@@ -12,28 +12,24 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flute.architecture import match_names, meta_model, missing_parameters
-from flute.blockwise import quantize_weight
+from flute.architecture import match_names, meta_model, missing_parameters, model_keys
+from flute.blockwise import quantize_weight, without_calibration
 from flute.checkpoint import CheckpointReader, tensor_bytes
+from flute.dense import tied_embedding, untied
 from flute.errors import CheckpointError, FormatError, UnsupportedProblemError
 from flute.experts import split_experts
 from flute.format import SCALE_DTYPES, CheckpointConfig, QuantSpec
 from flute.layerwise import CheckpointWalk
 from flute.methods import CALIBRATED, check_finite, fits_table, table_for
 from flute.methods.fit import sample_rows
-from flute.model import (
-    ModelPlan,
-    QuantizeOptions,
-    check_calibration,
-    plan_model,
-)
+from flute.model import ModelPlan, QuantizeOptions, check_calibration, plan_model
 from flute.pack import pack_codes
 from flute.rotation import RotatedReader
 from flute.tables import get_table
@@ -178,6 +174,8 @@ def plan_checkpoint(directory: Path, options: QuantizeOptions) -> CheckpointPlan
     if options.method not in CALIBRATED:
         split_experts(model)
     plan = plan_model(model, options)
+    if plan.head:
+        untie_reader(reader, model, plan.head)
     modules = match_names(model, reader.names)
     layers = {name: module for name, module in modules.items() if module in plan.shapes}
     missing = {f"{module}.weight" for module in set(plan.shapes) - set(layers.values())}
@@ -202,8 +200,29 @@ def plan_checkpoint(directory: Path, options: QuantizeOptions) -> CheckpointPlan
         dtypes = {reader.dtype(name) for name in layers}
         own = "float16" if dtypes == {torch.float16} else "bfloat16"
         config = CheckpointConfig.from_dict({**plan.config.to_dict(), "scale_dtype": own})
-        plan = ModelPlan(config, plan.shapes, plan.dense)
+        plan = replace(plan, config=config)
     return CheckpointPlan(reader, plan, layers)
+
+
+def untie_reader(reader: CheckpointReader, model: nn.Module, head: str) -> None:
+    """Let a head and the embedding that it is tied to be read as two tensors; say so in the config.
+
+    Checkpoints hold one of them, mostly the embedding, or both.
+
+    Args:
+        reader: of a dense checkpoint.
+        model: its architecture, from `flute.architecture.meta_model`.
+        head: full name of the head.
+    """
+    embedding, weight = tied_embedding(model), f"{head}.weight"
+    if not embedding:
+        return
+    on_disk = {key: name for name, key in model_keys(model, reader.names)[0].items()}
+    if weight not in on_disk and embedding in on_disk:
+        reader.alias(weight, on_disk[embedding])
+    elif weight in on_disk and embedding not in on_disk:
+        reader.alias(embedding, on_disk[weight])
+    reader.config = untied(reader.config)
 
 
 def _in_order(plan: CheckpointPlan, walk: CheckpointWalk | None) -> list[str]:
@@ -228,13 +247,14 @@ def _unit(
     module = plan.layers[name]
     N, K = reader.shape(name)
     layer = name.removesuffix(".weight")
+    by_data = walk if module != plan.model_plan.head else None
     return Unit(
         layer,
         output_tensors(layer, N, K, config.spec_of(module), config),
         lambda: (
-            _quantize_rows(reader, name, module, config, options, device)
-            if walk is None
-            else _calibrated(walk, layer, module)
+            _quantize_rows(reader, name, module, without_calibration(config), options, device)
+            if by_data is None
+            else _calibrated(by_data, layer, module)
         ),
         N * K,
     )
@@ -296,7 +316,8 @@ def _quantize_rows(
     for start in range(0, N, rows):
         stop = min(start + rows, N)
         if config.table_scope == "row" and whole is not None:
-            table = get_table(whole, num_bits)[start:stop]
+            values = get_table(whole, num_bits, config.spec_of(module).group_size)
+            table = values[start:stop] if len(values) > 1 else values
         block = reader.rows(name, start, stop).to(device)
         weight = quantize_weight(block, module, config, table, first_row=start)
         yield f"{layer}.codes", pack_codes(weight.codes, num_bits)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 serving_models = pytest.importorskip("serving_models")
 profile_decode = pytest.importorskip("profile_decode")
 
-from flute.format import CheckpointConfig  # noqa: E402
+from flute.format import CheckpointConfig, QuantSpec  # noqa: E402
 from flute.linear import LutLinear  # noqa: E402
 from flute.model import QuantizeOptions  # noqa: E402
 from flute.stream import quantize_checkpoint  # noqa: E402
@@ -37,6 +37,18 @@ def test_folders_say_how_they_are_quantised(tmp_path, variant):
     assert found.modules_to_not_convert == ("lm_head",)
     assert config["num_hidden_layers"] == 1
     assert (tmp_path / "tokenizer.json").exists()
+
+
+def test_variants_with_a_quantised_head(tmp_path):
+    serving_models.write_folder(tmp_path, "w2h", "tiny", 1, DEMO_MODEL)
+    config = json.loads((tmp_path / "config.json").read_text())
+    found = CheckpointConfig.from_dict(config["quantization_config"])
+    assert found.quantized_head == "lm_head"
+    assert found.spec_of("lm_head") == QuantSpec(4, 64)
+    assert found.spec_of("model.layers.0.mlp.up_proj") == QuantSpec(2, 128)
+    model = serving_models.random_model("w2h", "tiny", 1, torch.device("cpu"))
+    assert model.lm_head.spec == QuantSpec(4, 64)
+    assert model.lm_head.out_features == 8192
 
 
 def test_random_models_are_quantised_but_for_the_head():
@@ -94,7 +106,7 @@ def test_your_own_models_are_measured_as_they_are(tmp_path):
         (["--model", "tiny", "llama-3-8b"], "expected one name of shapes, or folders"),
         (["--model", DEMO_MODEL, DEMO_MODEL], "two folders are named llama-demo-7m"),
         (["--model", DEMO_MODEL, "--layers", "1"], "not a folder's model"),
-        (["--variants", "w5"], "expected some of fp16, w4, w3, w2, gptq"),
+        (["--variants", "w5"], "expected some of fp16, w4, w3, w2, gptq, w4h"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused_in_a_line(arguments, message):

@@ -28,7 +28,7 @@ LAYERS = (
     ("plans",),
     ("tuning", "cpu", "cuda_quantize"),
     ("methods", "launchers", "timing", "model_shapes"),
-    ("concat", "cuda", "precompile"),
+    ("concat", "cuda", "precompile", "dense", "groups"),
     ("ops", "operands"),
     ("linear", "tune", "calibration", "experts"),
     ("training", "siblings", "guidance"),

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         return _inspect_dense(args, reader)
     config = CheckpointConfig.from_dict(reader.config["quantization_config"])
     verified = verify_checksums(reader.directory)
-    dense = CheckpointReader(find_source(args.dense)) if args.dense else None
+    dense = _open_dense(args.dense, config) if args.dense else None
     layers = [
         _describe(reader, name.removesuffix(".codes"), config, dense)
         for name in reader.names
@@ -71,6 +71,17 @@ def run(args: argparse.Namespace) -> int:
         else "no checksums are recorded in this checkpoint",
     )
     return 0
+
+
+def _open_dense(source: str, config: CheckpointConfig) -> CheckpointReader:
+    """Open the dense model; a head that it ties to its embedding is read as a tensor of its own."""
+    from flute.architecture import meta_model
+    from flute.stream import find_source, untie_reader
+
+    reader = CheckpointReader(find_source(source))
+    if config.quantized_head:
+        untie_reader(reader, meta_model(reader.directory, reader.config), config.quantized_head)
+    return reader
 
 
 def _describe(

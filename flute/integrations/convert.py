@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from flute.architecture import match_names, meta_model
 from flute.checkpoint import CheckpointReader
+from flute.dense import output_head
 from flute.errors import CheckpointError, FormatError, UnsupportedProblemError
 from flute.format import CheckpointConfig
 from flute.integrations.bitsandbytes_checkpoint import BitsandbytesCheckpoint
@@ -196,7 +197,13 @@ def _name_modules(reader: CheckpointReader, foreign: _ForeignCheckpoint) -> Chec
             f"`{missing[0]}.weight`. The checkpoint is incomplete, or of another architecture."
         )
     overrides = {modules[layer]: spec for layer, spec in foreign.config.overrides.items()}
-    return replace(foreign.config, modules_to_not_convert=tuple(dense), overrides=overrides)
+    head = output_head(model)
+    return replace(
+        foreign.config,
+        modules_to_not_convert=tuple(dense),
+        overrides=overrides,
+        quantized_head=head if head in modules.values() else "",
+    )
 
 
 def _units(reader: CheckpointReader, foreign: _ForeignCheckpoint) -> Iterator[Unit]:

@@ -44,13 +44,15 @@ def read_headers(files: Iterable[Path]) -> Header:
     return header
 
 
-def check_headers(model: nn.Module, files: Sequence[Path]) -> None:
+def check_headers(model: nn.Module, files: Sequence[Path], tied_head: str = "") -> None:
     """Check that every tensor of the model's `LutLinear` layers is in the files as it must be.
 
     Args:
         model: with its linear layers swapped, on the meta device. A layer that holds a ``weight``
             is to be quantised from it.
         files: the safetensors files that will be loaded.
+        tied_head: name of an output head that is quantised from the embedding; the files have no
+            tensor of it.
 
     Raises:
         CheckpointError: tensors are missing, or belong to a layer that the config calls dense.
@@ -69,6 +71,7 @@ def check_headers(model: nn.Module, files: Sequence[Path]) -> None:
                 f"`{name}` is in the checkpoint, but its config.json leaves `{layer}` dense "
                 "(`modules_to_not_convert`). Use the config.json written with these files."
             )
+    layers.pop(tied_head, None)
     missing = []
     for layer, module in layers.items():
         for key, parameter in _tensors_to_read(module):

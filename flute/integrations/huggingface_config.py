@@ -28,6 +28,8 @@ _REQUEST_KEYS = (
     "table",
     "scale_dtype",
     "modules_to_not_convert",
+    "head_bits",
+    "head_group_size",
 )
 
 
@@ -44,7 +46,10 @@ class FluteConfig(QuantizationConfigMixin):  # type: ignore[misc]
         table: table of the method, by name, list, tensor or file; None is the method's own.
         scale_dtype: "float16", "bfloat16" or "float32"; None is the model's own 16-bit dtype.
         modules_to_not_convert: patterns of layer names to leave dense, such as "lm_head" or
-            "*.layers.0.*"; output heads and MoE routers stay dense in any case.
+            "*.layers.0.*"; MoE routers stay dense in any case.
+        head_bits: bits per weight of the output head, which stays dense if None. One that is tied
+            to the embedding gets a weight of its own; the embedding stays dense.
+        head_group_size: weights per scale of the head; None is ``group_size``.
 
     Attributes:
         options: the request; None for a config read from a quantised checkpoint.
@@ -62,6 +67,8 @@ class FluteConfig(QuantizationConfigMixin):  # type: ignore[misc]
         table: TableLike | None = None,
         scale_dtype: str | None = None,
         modules_to_not_convert: Sequence[str] | None = None,
+        head_bits: int | None = None,
+        head_group_size: int | None = None,
     ) -> None:
         if isinstance(modules_to_not_convert, str):
             raise FormatError(
@@ -75,7 +82,10 @@ class FluteConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
         self.quant_method = "flute"
         options = QuantizeOptions(
-            num_bits, group_size, method, table, scale_dtype, tuple(modules_to_not_convert or ())
+            *(num_bits, group_size, method, table, scale_dtype),
+            tuple(modules_to_not_convert or ()),
+            head_bits=head_bits,
+            head_group_size=head_group_size,
         )
         if options.table_name == "custom" and table is not None:
             options = replace(options, table=get_table(table, num_bits, group_size))
@@ -121,4 +131,6 @@ class FluteConfig(QuantizationConfigMixin):  # type: ignore[misc]
             "table": table.tolist() if isinstance(table, Tensor) else table,
             "scale_dtype": options.scale_dtype,
             "modules_to_not_convert": list(options.skip),
+            "head_bits": options.head_bits,
+            "head_group_size": options.head_group_size,
         }

@@ -31,8 +31,10 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
+from flute.architecture import model_keys
 from flute.blockwise import quantize_weight
 from flute.checkpoint import CHECKSUM_METADATA, tensor_bytes, verify_checksums
+from flute.dense import output_head, tied_embedding, untie_head
 from flute.errors import FluteError, FormatError, UnsupportedProblemError
 from flute.experts import PROJECTIONS, split_experts
 from flute.format import CheckpointConfig
@@ -72,6 +74,9 @@ class FluteHfQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         self.headers_checked = False
         self.has_split_experts = False
+        self.tied_head = self.embedding = ""
+        """Of a dense model whose head is quantised from the embedding that it is tied to: the
+        head's name, and that of the embedding's parameter."""
         self.failure: FluteError | None = None
         """Of the first weight that could not be quantised; raised when transformers lets it."""
 
@@ -97,10 +102,13 @@ class FluteHfQuantizer(HfQuantizer):  # type: ignore[misc]
             FormatError: a tensor has another dtype or shape than the config says.
             UnsupportedProblemError: quantised experts of an unknown kind.
         """
-        names = self._checkpoint_names(model, files) if self.pre_quantized else self._plan(model)
+        if self.pre_quantized:
+            names = self._checkpoint_names(model, files)
+        else:
+            names = self._plan(model, files)
         self._swap_layers(model, names)
         if files:
-            check_headers(model, files)
+            check_headers(model, files, self.tied_head)
             self.headers_checked = True
 
     def _swap_layers(self, model: nn.Module, names: Mapping[str, str]) -> None:
@@ -109,15 +117,20 @@ class FluteHfQuantizer(HfQuantizer):  # type: ignore[misc]
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear), "only linear layers are planned"
             layer = empty_lut_linear(linear, name_in_config, config)
-            if self.pre_quantized:
+            if self.pre_quantized or name == self.tied_head:
                 _show_weight(layer)
             else:
                 placeholder = torch.empty_like(linear.weight, device="meta")
                 layer.register_parameter("weight", nn.Parameter(placeholder, requires_grad=False))
             model.set_submodule(name, layer.train(linear.training))
 
-    def _plan(self, model: nn.Module) -> dict[str, str]:
-        """Plan the quantisation of a dense model; return its layers' names."""
+    def _plan(self, model: nn.Module, files: Sequence[Path]) -> dict[str, str]:
+        """Plan the quantisation of a dense model; return its layers' names.
+
+        Raises:
+            UnsupportedProblemError: as `plan_model`, or the head is tied to an embedding that the
+                files hold by the head's name only.
+        """
         config: FluteConfig = self.quantization_config
         assert config.options is not None, "checked on construction"
         skips_experts = any(
@@ -128,6 +141,8 @@ class FluteHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self.has_split_experts = not skips_experts and bool(split_experts(model))
         plan = plan_model(model, config.options)
         config.checkpoint = plan.config
+        if plan.head:
+            self._plan_head(model, plan.head, files)
         experts = [name for name, reason in plan.dense.items() if "experts" in reason]
         if experts:
             share = sum(model.get_parameter(name).numel() for name in experts) / sum(
@@ -141,11 +156,26 @@ class FluteHfQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         return {name: name for name in plan.shapes}
 
+    def _plan_head(self, model: nn.Module, head: str, files: Sequence[Path]) -> None:
+        """Find out which tensor a head is quantised from; it is tied to none from now on."""
+        embedding = tied_embedding(model)
+        keys = set(model_keys(model, list(read_headers(files)))[0].values())
+        if embedding and f"{head}.weight" not in keys:
+            self.tied_head, self.embedding = head, embedding
+        elif embedding and embedding not in keys:
+            raise UnsupportedProblemError(
+                f"The checkpoint holds the embedding `{embedding}` as `{head}.weight`, which "
+                "cannot be taken apart while it loads. Quantise it first: `flute quantize MODEL "
+                "OUT --head-bits ...`."
+            )
+        untie_head(model, head)
+
     def _checkpoint_names(self, model: nn.Module, files: Sequence[Path]) -> dict[str, str]:
         """Return the quantised layers of a checkpoint: name in ``model`` -> name in its config.
 
         The names differ by the base model's prefix when a checkpoint is loaded into another class
-        than that which wrote it. A head that is new there has no codes and stays dense.
+        than that which wrote it. A head that is new there has no codes and stays dense; one that
+        the config calls quantised must have some.
         """
         config: CheckpointConfig = self.quantization_config.checkpoint
         self.has_split_experts = config.quantized_experts and bool(split_experts(model))
@@ -159,12 +189,15 @@ class FluteHfQuantizer(HfQuantizer):  # type: ignore[misc]
         prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
         has_heads = getattr(model, "base_model", model) is not model
         on_disk = read_headers(files) if has_heads else {}
+        head = output_head(model) if config.quantized_head else ""
+        if head:
+            untie_head(model, head)
         names = {}
         for name, module in model.named_modules():
             if not isinstance(module, nn.Linear):
                 continue
             is_head = has_heads and not name.startswith(prefix)
-            if is_head and files and f"{name}.codes" not in on_disk:
+            if is_head and files and name != head and f"{name}.codes" not in on_disk:
                 continue
             aliases = (name, prefix + name, name.removeprefix(prefix))
             names[name] = next((alias for alias in aliases if alias in recorded), name)
@@ -174,12 +207,11 @@ class FluteHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
         """Tell whether a tensor of the checkpoint is the dense weight of a layer to quantise."""
-        module, _dot, tensor = param_name.rpartition(".")
-        return tensor == "weight" and isinstance(model.get_submodule(module), LutLinear)
+        return param_name == self.embedding != "" or _is_replaced(model, param_name)
 
     def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
         """Return the bytes per element; a dense weight, gone once quantised, takes none."""
-        if self.param_needs_quantization(model, param_name):
+        if _is_replaced(model, param_name):
             return 0.0
         return param.element_size()
 
@@ -277,17 +309,27 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
             if not self.quantizer.param_needs_quantization(model, key):
                 converted[key] = value
                 continue
-            name = key.rpartition(".")[0]
+            weight = value[0] if isinstance(value, list) else value
+            is_tied = key == self.quantizer.embedding
+            name = self.quantizer.tied_head if is_tied else key.rpartition(".")[0]
             layer = model.get_submodule(name)
             assert isinstance(layer, LutLinear), "param_needs_quantization said so"
-            weight = value[0] if isinstance(value, list) else value
             for part, tensor in self.quantizer.quantize(weight, name, layer).items():
                 converted[f"{name}.{part}"] = nn.Parameter(tensor, requires_grad=False)
+            if is_tied:  # the embedding stays as it is
+                converted[key] = weight.to(model.get_parameter(key).dtype)
+                continue
             del layer.weight
             _show_weight(layer)
             if missing_keys is not None:
                 missing_keys.discard(key)
         return converted
+
+
+def _is_replaced(model: nn.Module, param_name: str) -> bool:
+    """Tell whether a parameter is the dense weight of a layer that gets codes instead."""
+    module, _dot, tensor = param_name.rpartition(".")
+    return tensor == "weight" and isinstance(model.get_submodule(module), LutLinear)
 
 
 def _show_weight(layer: LutLinear) -> None:

@@ -108,9 +108,10 @@ def check_served(
         _log.info("The model is checked while it loads: %s", error)
         return
     config = _config_of(quantization)
+    quantizer = FluteHfQuantizer(config, pre_quantized=is_quantized)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # layers say it again where they are made
-        FluteHfQuantizer(config, pre_quantized=is_quantized).swap(model, [])
+        quantizer.swap(model, [])
     if files and is_quantized:
         missing = unfilled_parameters(model, files)
         if missing:
@@ -119,7 +120,7 @@ def check_served(
                 "config.json says the model has. Download it again."
             )
     if files:
-        check_headers(model, files)
+        check_headers(model, files, quantizer.tied_head)
     for name, layer in _row_parallel(model) if num_ranks > 1 else ():
         if cuts_experts or "expert" not in name:
             cut_rows(name, layer.spec, layer.in_features, num_ranks)
@@ -131,7 +132,8 @@ def _config_of(quantization: CheckpointConfig | QuantizeOptions) -> FluteConfig:
         return config
     asked = quantization
     rest = (asked.method, asked.table, asked.scale_dtype, asked.skip)
-    return FluteConfig(asked.num_bits, asked.group_size, *rest)
+    head = (asked.head_bits, asked.head_group_size)
+    return FluteConfig(asked.num_bits, asked.group_size, *rest, *head)
 
 
 def _row_parallel(model: nn.Module) -> Iterator[tuple[str, LutLinear]]:

@@ -3,7 +3,8 @@
     config.json -> FluteQuantizationConfig -> per linear layer a FluteLinearMethod
 
 A dense checkpoint takes FluteOnlineLinearMethods, which quantise each layer once it is read. MoE
-experts are in `flute.integrations.vllm_experts`; embeddings and the output head are vLLM's own.
+experts are in `flute.integrations.vllm_experts`, the output head, if it is quantised, in
+`vllm_head`; embeddings are vLLM's own.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
 from flute.device import why_not_on
 from flute.errors import UnsupportedProblemError
 from flute.format import CheckpointConfig
+from flute.integrations.vllm_head import FluteHeadMethod, FluteOnlineHeadMethod
 from flute.integrations.vllm_layers import (
     environment_request,
+    is_quantized_head,
     parts_of,
     request_of,
     spec_of_parts,
@@ -147,10 +151,13 @@ class FluteQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
         config, rename = self.checkpoint, hf_to_vllm_mapper.apply_list
         overrides = {new: spec for name, spec in config.overrides.items() for new in rename([name])}
         names = tuple(rename(list(config.modules_to_not_convert)))
-        self.checkpoint = replace(config, modules_to_not_convert=names, overrides=overrides)
+        head = next(iter(rename([config.quantized_head] if config.quantized_head else [])), "")
+        self.checkpoint = replace(
+            config, modules_to_not_convert=names, overrides=overrides, quantized_head=head
+        )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        """Return how a layer is computed, or None for what is no linear layer.
+        """Return how a layer is computed, or None for what is neither linear nor an output head.
 
         Raises:
             UnsupportedProblemError: vLLM merges layers that are quantised differently.
@@ -159,6 +166,8 @@ class FluteQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
             raise self.failure
         if type(layer).__name__ in ("RoutedExperts", "FusedMoE"):
             return self._experts_method(layer, prefix)
+        if isinstance(layer, ParallelLMHead):
+            return self._head_method(prefix)
         if not isinstance(layer, LinearBase):
             return None
         parts = parts_of(prefix, self.checkpoint, self.packed_modules_mapping)
@@ -170,6 +179,15 @@ class FluteQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
         if spec is None:
             return UnquantizedLinearMethod()
         return FluteLinearMethod(prefix, parts, spec, self.checkpoint)
+
+    def _head_method(self, prefix: str) -> LinearMethodBase | None:
+        """Return how an output head is computed, or None if it is dense."""
+        if self.options is None:
+            if is_quantized_head(prefix, self.checkpoint):
+                return FluteHeadMethod(prefix, self.checkpoint)
+        elif self.options.head_bits is not None:
+            return FluteOnlineHeadMethod(prefix, self.options)
+        return None
 
     def _experts_method(self, layer: Any, prefix: str) -> Any:
         """Return how a block's experts are computed, or None if they are dense."""

@@ -32,10 +32,11 @@ from flute.format import (
     PackedWeight,
     QuantSpec,
 )
+from flute.groups import fit_groups
 from flute.integrations.expert_stack import Block, ExpertStack, asked_for, captured
 from flute.integrations.vllm_layers import Shard, cut_rows
 from flute.integrations.vllm_order import in_kernel_order
-from flute.model import QuantizeOptions, fit_groups
+from flute.model import QuantizeOptions
 from flute.pack import pack_codes
 from flute.precompile import compile_kernels, prepared_problem
 

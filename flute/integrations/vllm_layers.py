@@ -16,10 +16,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import lcm
 from typing import Any, NamedTuple
 
+from flute.dense import ROUTER_NAMES
 from flute.errors import CheckpointError, FormatError, UnsupportedProblemError
 from flute.format import GROUP_SIZES, TENSOR_NAMES, WHOLE_ROW, CheckpointConfig, QuantSpec
 from flute.methods import CALIBRATED
-from flute.model import ROUTER_NAMES, QuantizeOptions, matches
+from flute.model import QuantizeOptions, matches
 
 _WORD_CODES = 32
 """Codes of any width that fill whole words."""
@@ -30,9 +31,12 @@ _ENVIRONMENT = {
     "FLUTE_GROUP_SIZE": "group_size",
     "FLUTE_METHOD": "method",
     "FLUTE_TABLE": "table",
+    "FLUTE_HEAD_BITS": "head_bits",
+    "FLUTE_HEAD_GROUP_SIZE": "head_group_size",
 }
 """Variable -> what it says of a dense model that is quantised while it loads."""
 _REQUEST_KEYS = (*_ENVIRONMENT.values(), "scale_dtype", "modules_to_not_convert")
+_NUMBERS = ("num_bits", "group_size", "head_bits", "head_group_size")
 _HOW = (
     "set FLUTE_BITS=4 (and FLUTE_GROUP_SIZE, FLUTE_METHOD, FLUTE_TABLE), or pass --hf-overrides "
     '\'{"quantization_config": {"quant_method": "flute", "bits": 4, "group_size": 64}}\''
@@ -147,6 +151,18 @@ def spec_of_parts(parts: Sequence[str], config: CheckpointConfig) -> QuantSpec |
     return first
 
 
+def is_quantized_head(name: str, config: CheckpointConfig) -> bool:
+    """Tell whether an output head of vLLM is the one that is quantised in the checkpoint.
+
+    Args:
+        name: of vLLM's layer, which may stand below other components than transformers'. Drafts
+            that predict several tokens have heads of other names, which are dense.
+        config: of the checkpoint.
+    """
+    head = config.quantized_head
+    return bool(head) and f".{name}".endswith(f".{head}")
+
+
 def check_tensor_names(names: Iterable[str]) -> None:
     """Check that every layer with a tensor of this format in the files has all of them.
 
@@ -175,12 +191,12 @@ def environment_request() -> dict[str, Any]:
     """Return what the environment says of quantising a dense model while it loads.
 
     Raises:
-        FormatError: FLUTE_BITS or FLUTE_GROUP_SIZE is no number.
+        FormatError: a number of bits or a group size is no number; the message names it.
     """
     request: dict[str, Any] = {}
     for variable, key in _ENVIRONMENT.items():
         value = os.environ.get(variable)
-        if value and key in ("num_bits", "group_size"):
+        if value and key in _NUMBERS:
             try:
                 request[key] = int(value)
             except ValueError as error:

@@ -14,8 +14,9 @@ from vllm.model_executor.parameter import ModelWeightParameter
 
 from flute.blockwise import quantize_weight
 from flute.format import CheckpointConfig, PackedWeight
+from flute.groups import fit_groups
 from flute.integrations.vllm_linear import FluteLinearMethod
-from flute.model import QuantizeOptions, fit_groups
+from flute.model import QuantizeOptions
 from flute.pack import pack_codes
 
 

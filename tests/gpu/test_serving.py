@@ -53,12 +53,15 @@ if __name__ == "__main__":
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture(scope="module", params=[None, 4], ids=["dense head", "quantised head"])
+def folder(request, tmp_path_factory):
     if given := os.environ.get("FLUTE_TEST_MODEL"):
+        if request.param:
+            pytest.skip("FLUTE_TEST_MODEL is as it is")
         return Path(given)
     made = tmp_path_factory.mktemp("serving") / "w4"
-    quantize_checkpoint(DEMO_MODEL, made, QuantizeOptions(4, 128, scale_dtype="float16"))
+    options = QuantizeOptions(4, 128, scale_dtype="float16", head_bits=request.param)
+    quantize_checkpoint(DEMO_MODEL, made, options)
     return made
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import DEMO_MODEL, edit_json, edit_tensors, python, random_weight
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import flute
 from flute.concat import concat_weights
@@ -325,6 +325,126 @@ def test_what_is_dense_stays_vllm_s_own(ranks):
     assert config.get_quant_method(torch.nn.Embedding(4, 4), "lm_head") is None
 
 
+@pytest.fixture
+def head_ranks(ranks, monkeypatch):
+    """As `ranks`, for vLLM's output head."""
+    from vllm.model_executor.layers import vocab_parallel_embedding as embedding
+
+    def be(rank, size):
+        ranks(rank, size)
+        monkeypatch.setattr(embedding, "get_tensor_model_parallel_rank", lambda: rank)
+        monkeypatch.setattr(embedding, "get_tensor_model_parallel_world_size", lambda: size)
+
+    return be
+
+
+def head_of(config, vocabulary, K, name="lm_head"):
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    return ParallelLMHead(
+        vocabulary, K, params_dtype=torch.bfloat16, quant_config=config, prefix=name
+    )
+
+
+def padded(weight, rows, N):
+    """Some rows of a weight, with zeros below up to N."""
+    part = rows_of(weight, rows)
+    pad = (0, 0, 0, N - part.N)
+    more = {
+        "packed": torch.nn.functional.pad(part.packed, pad),
+        "scales": torch.nn.functional.pad(part.scales, pad),
+    }
+    if part.has_row_tables:
+        more["table"] = torch.nn.functional.pad(part.table, pad)
+    return part._replace(**more, N=N)
+
+
+@pytest.mark.parametrize("per_row", [False, True], ids=["tensor", "row"])
+@pytest.mark.parametrize("vocabulary", [256, 250, 1000])
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_each_rank_has_its_part_of_the_padded_vocabulary(head_ranks, size, vocabulary, per_row):
+    spec, K = QuantSpec(3, 32), 64
+    whole = packed(random_weight(vocabulary, K, spec, per_row=per_row))
+    scope = {"table_scope": "row" if per_row else "tensor"}
+    config = quantization(spec, quantized_head="lm_head", **scope)
+    own = -(-vocabulary // 64) * 64 // size
+    for rank in range(size):
+        head_ranks(rank, size)
+        head = head_of(config, vocabulary, K)
+        fill(head, (whole,), (None,))
+        rows = slice(min(rank * own, vocabulary), min((rank + 1) * own, vocabulary))
+        check(head, padded(whole, rows, own), K)
+        assert head.weight.shape == (0, K)  # where vLLM looks for dtype and device
+
+
+def test_only_the_head_that_the_config_names_is_quantised(head_ranks):
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        UnquantizedEmbeddingMethod,
+        VocabParallelEmbedding,
+    )
+
+    head_ranks(0, 1)
+    own = {"overrides": {"lm_head": {"num_bits": 2, "group_size": 32}}}
+    named = quantization(QuantSpec(4, 64), quantized_head="lm_head", **own)
+    inner = head_of(named, 64, 64, "language_model.lm_head").quant_method
+    assert (inner.spec, inner.parts) == (QuantSpec(2, 32), ("lm_head",))
+    for config, name in (
+        (named, "model.layers.9.shared_head.head"),
+        (quantization(QuantSpec(4, 64)), "lm_head"),
+    ):
+        assert isinstance(head_of(config, 64, 64, name).quant_method, UnquantizedEmbeddingMethod)
+    embedding = VocabParallelEmbedding(64, 64, quant_config=named, prefix="model.embed_tokens")
+    assert isinstance(embedding.quant_method, UnquantizedEmbeddingMethod)
+    with pytest.raises(UnsupportedProblemError, match='Set "tie_word_embeddings" to false'):
+        head_of(named, 64, 64).tie_weights(embedding)
+
+
+def test_a_head_without_its_tensors_or_with_others_is_named(head_ranks):
+    head_ranks(0, 1)
+    spec = QuantSpec(4, 64)
+    config = quantization(spec, quantized_head="lm_head")
+    whole = packed(random_weight(64, 128, spec))
+    head = head_of(config, 64, 128)
+    head.codes.weight_loader(head.codes, whole.packed)
+    with pytest.raises(CheckpointError, match=r"lacks `lm_head\.scales`"):
+        head.quant_method.process_weights_after_loading(head)
+    with pytest.raises(FormatError, match=r"`lm_head\.codes` is .* do not belong"):
+        fill(head_of(config, 64, 128), (whole._replace(packed=whole.packed[:, 1:]),), (None,))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_head_quantised_while_it_loads(head_ranks, tied, size):
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    from flute.integrations.vllm_config import FluteQuantizationConfig
+
+    request = {"quant_method": "flute", "bits": 2, "group_size": 64, "method": "nf"}
+    request |= {"head_bits": 4, "head_group_size": 32}
+    config = FluteQuantizationConfig.from_config(request)
+    vocabulary, K = 250, 128
+    dense = torch.randn(vocabulary, K, dtype=torch.bfloat16)
+    whole = packed(flute.quantize(dense, 4, 32, method="nf"))
+    for rank in range(size):
+        head_ranks(rank, size)
+        head = head_of(config, vocabulary, K)
+        loaded = head
+        if tied:
+            kind = {"params_dtype": torch.bfloat16, "quant_config": config}
+            loaded = VocabParallelEmbedding(vocabulary, K, prefix="model.embed_tokens", **kind)
+            assert head.tie_weights(loaded) is head
+        loaded.weight.weight_loader(loaded.weight, dense)
+        head.quant_method.process_weights_after_loading(head)
+        own = 256 // size
+        rows = slice(rank * own, min((rank + 1) * own, vocabulary))
+        check(head, padded(whole, rows, own), K)
+        assert "weight" not in dict(head.named_parameters())
+        assert not tied or torch.equal(loaded.weight[: rows.stop - rows.start], dense[rows])
+    empty = head_of(config, vocabulary, K)
+    with pytest.raises(CheckpointError, match=r"lacks `lm_head\.weight`"):
+        empty.quant_method.process_weights_after_loading(empty)
+
+
 # ---- the config
 
 
@@ -361,6 +481,10 @@ def test_names_follow_vllm_s_renaming():
     )
     assert config.checkpoint.modules_to_not_convert == ("b.head",)
     assert config.checkpoint.overrides == {"b.x": {"group_size": 32}}
+    assert config.checkpoint.quantized_head == ""
+    config = quantization(QuantSpec(), quantized_head="a.head")
+    config.apply_vllm_mapper(SimpleNamespace(apply_list=lambda names: ["b.head"] * len(names)))
+    assert config.checkpoint.quantized_head == "b.head"
 
 
 # ---- the engine
@@ -427,6 +551,65 @@ def test_greedy_text_by_the_kernels_of_a_cpu_is_that_of_transformers(
     assert served == transformers_tokens(quantised[4])
 
 
+@pytest.fixture(scope="module")
+def with_heads(tmp_path_factory):
+    """The demo model, whose head is tied, and the same untied, both with a head of 4 bits."""
+    folder = tmp_path_factory.mktemp("heads")
+    untied = shutil.copytree(DEMO_MODEL, folder / "dense-untied")
+    embedding = load_file(untied / "model.safetensors")["model.embed_tokens.weight"]
+    edit_tensors(untied, {"lm_head.weight": embedding.flip(1)})
+    edit_json(untied / "config.json", tie_word_embeddings=False)
+    options = QuantizeOptions(3, 64, method="nf", head_bits=4, head_group_size=32)
+    for name, source in (("tied", DEMO_MODEL), ("untied", untied)):
+        quantize_checkpoint(source, folder / name, options)
+    return folder
+
+
+HEADS = [
+    ("tied", {"enforce_eager": True}),
+    ("untied", {}),
+    ("tied", {"enforce_eager": True, "tensor_parallel_size": 2}),
+    ("tied", {"enforce_eager": True, "speculative_config": NGRAM}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), HEADS, ids=["tied", "untied, compiled", "two ranks", "speculative"]
+)
+def test_greedy_text_by_a_quantised_head_is_that_of_transformers(
+    with_heads, tmp_path, name, options
+):
+    served = serve(with_heads / name, tmp_path, dtype="float32", **options)
+    assert served == transformers_tokens(with_heads / name)
+
+
+def test_a_quantised_head_by_the_kernels_of_a_cpu(with_heads, tmp_path, monkeypatch):
+    monkeypatch.delenv("FLUTE_CPU_VARIANT")
+    served = serve(with_heads / "untied", tmp_path, dtype="float32")
+    assert served == transformers_tokens(with_heads / "untied")
+
+
+def test_a_tied_head_is_quantised_while_the_model_loads(with_heads, tmp_path):
+    request = {"FLUTE_BITS": "3", "FLUTE_METHOD": "nf"}
+    request |= {"FLUTE_HEAD_BITS": "4", "FLUTE_HEAD_GROUP_SIZE": "32"}
+    options = {"dtype": "float32", "enforce_eager": True, "quantization": "flute"}
+    served = serve(DEMO_MODEL, tmp_path, request, **options)
+    assert served == transformers_tokens(with_heads / "tied")
+    (tmp_path / "tokens.json").unlink()
+    served = serve(with_heads / "dense-untied", tmp_path, request, **options)
+    assert served == transformers_tokens(with_heads / "untied")
+
+
+def test_a_checkpoint_without_its_head_is_refused(with_heads, tmp_path):
+    folder = shutil.copytree(with_heads / "tied", tmp_path / "headless")
+    for file in folder.glob("*.index.json"):
+        file.unlink()
+    edit_tensors(folder, dict.fromkeys(("lm_head.codes", "lm_head.scales", "lm_head.table")))
+    printed = serve(folder, tmp_path, enforce_eager=True)
+    assert "The checkpoint lacks `lm_head.codes`" in printed
+    assert "Loading safetensors" not in printed
+
+
 class Adapted(torch.nn.Module):
     """A layer with a LoRA adapter, as its paper has it."""
 
@@ -438,7 +621,7 @@ class Adapted(torch.nn.Module):
         return self.layer(x) + self.scale * (x @ self.down.T @ self.up.T)
 
 
-def test_lora_adapters_go_on_top(quantised, tmp_path):
+def test_lora_adapters_go_on_top(quantised, with_heads, tmp_path):
     """Of merged layers (q and v, not k) and of a row-parallel one."""
     config = json.loads((quantised[4] / "config.json").read_text())
     hidden, rank = config["hidden_size"], 8
@@ -468,9 +651,11 @@ def test_lora_adapters_go_on_top(quantised, tmp_path):
             model.set_submodule(name, Adapted(model.get_submodule(name), tensors[key], up, 2.0))
 
     options = {"dtype": "float32", "enforce_eager": True, "enable_lora": True}
-    served = serve(quantised[4], tmp_path, adapter=adapter, max_lora_rank=rank, **options)
-    assert served == transformers_tokens(quantised[4], adapt)
-    assert served != transformers_tokens(quantised[4])
+    for folder in (quantised[4], with_heads / "tied"):
+        served = serve(folder, tmp_path, adapter=adapter, max_lora_rank=rank, **options)
+        assert served == transformers_tokens(folder, adapt)
+        assert served != transformers_tokens(folder)
+        (tmp_path / "tokens.json").unlink()
 
 
 def test_a_checkpoint_without_a_tensor_is_refused(quantised, tmp_path):

@@ -83,9 +83,28 @@ def test_nothing_is_refused_that_can_be_served(name, tmp_path):
     model.save_pretrained(tmp_path / "dense")
     read = transformers.AutoConfig.from_pretrained(tmp_path / "dense")
     check_served(read, find_files(tmp_path / "dense"), QuantizeOptions(4, 32), 2)
+    with_head = QuantizeOptions(4, 32, method="nf", head_bits=4, head_group_size=64)
+    check_served(read, find_files(tmp_path / "dense"), with_head, 2)
     quantize_checkpoint(tmp_path / "dense", tmp_path / "q", QuantizeOptions(4, 32, method="nf"))
-    served(tmp_path / "q")
-    served(tmp_path / "q", 2)
+    quantize_checkpoint(tmp_path / "dense", tmp_path / "h", with_head)
+    for folder in (tmp_path / "q", tmp_path / "h"):
+        served(folder)
+        served(folder, 2)
+
+
+@pytest.mark.parametrize("part", ["codes", "scales", "table"])
+def test_a_missing_tensor_of_the_head_is_named(tmp_path, part):
+    folder = tmp_path / "q"
+    options = QuantizeOptions(4, 64, method="nf", head_bits=4)
+    quantize_checkpoint(DEMO_MODEL, folder, options)
+    for file in folder.glob("*.index.json"):
+        file.unlink()
+    edit_tensors(folder, {f"lm_head.{part}": None})
+    with pytest.raises(CheckpointError, match=rf"lacks `lm_head\.{part}`"):
+        served(folder)
+    edit_tensors(folder, dict.fromkeys(f"lm_head.{key}" for key in ("codes", "scales", "table")))
+    with pytest.raises(CheckpointError, match=r"lacks `lm_head\.codes` \(3 tensors in all\)"):
+        served(folder)
 
 
 def test_ranks_that_cut_groups_are_refused_by_name(quantised):

@@ -20,6 +20,7 @@ from flute.integrations.vllm_layers import (
     check_tensor_names,
     cut_rows,
     environment_request,
+    is_quantized_head,
     parts_of,
     request_of,
     spec_of_parts,
@@ -120,6 +121,15 @@ def test_specs_of_merged_layers():
         spec("c.qkv_proj")
 
 
+def test_the_head_is_found_below_other_components():
+    config = CheckpointConfig(quantized_head="lm_head")
+    for name in ("lm_head", "language_model.lm_head", ".lm_head"):
+        assert is_quantized_head(name, config)
+    for name in ("head", "film_head", "model.layers.9.shared_head.head", "lm_head.inner"):
+        assert not is_quantized_head(name, config)
+    assert not is_quantized_head("lm_head", CheckpointConfig())
+
+
 def test_a_layer_without_one_of_its_tensors_is_named():
     names = ["h.0.q_proj.codes", "h.0.q_proj.scales", "h.0.q_proj.table", "norm.weight"]
     check_tensor_names(names)
@@ -143,6 +153,14 @@ def test_what_a_dense_model_is_quantised_to(monkeypatch):
     assert options.method == "mse"
     monkeypatch.setenv("FLUTE_BITS", "four")
     with pytest.raises(FormatError, match=r"FLUTE_BITS='four'; expected a whole number"):
+        environment_request()
+    monkeypatch.setenv("FLUTE_BITS", "3")
+    monkeypatch.setenv("FLUTE_HEAD_BITS", "4")
+    monkeypatch.setenv("FLUTE_HEAD_GROUP_SIZE", "32")
+    options = request_of(environment_request())
+    assert (options.head_bits, options.head_group_size) == (4, 32)
+    monkeypatch.setenv("FLUTE_HEAD_BITS", "4.5")
+    with pytest.raises(FormatError, match=r"FLUTE_HEAD_BITS='4.5'; expected a whole number"):
         environment_request()
     options = request_of({"quant_method": "flute", "bits": 2, "modules_to_not_convert": ["o_proj"]})
     assert (options.num_bits, options.skip) == (2, ("o_proj",))
