@@ -221,7 +221,7 @@ def collect_hessians(model: nn.Module, windows: Tensor) -> dict[str, Tensor]:
         model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in plan.shapes
     ]
     for batch in windows.split(4):
-        model(input_ids=batch, use_cache=False)
+        model(input_ids=batch.to(model.device), use_cache=False)
     for handle in handles:
         handle.remove()
     return sums

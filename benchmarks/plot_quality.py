@@ -27,12 +27,21 @@ COLOURS = (
     *("#0072B2", "#009E73", "#E69F00", "#CC79A7", "#D55E00", "#56B4E9"),
     *("#222222", "#999999", "#8C510A", "#F0E442", "#5E3C99", "#B2DF8A"),
     *("#E7298A", "#A6761D", "#1B9E77", "#08306B", "#FB9A99", "#525252"),
+    *("#CAB2D6", "#66C2A5"),
 )
 """Colours that the colour-blind tell apart (Okabe and Ito), then some more."""
 MARKERS = {32: "o", 64: "s", 128: "^", 256: "D"}
 SHAPES = {32: "circle", 64: "square", 128: "triangle", 256: "diamond"}
 """Marker of a group size, and how the title calls it."""
+ORDER = (
+    *("nf", "int", "fp", "bof", "bof-s", "mse", "nfl from nf", "nfl", "nfl, end to end", "gptq"),
+    *("gptq, guided", "lnq", "lnq, guided", "lnq, table per row", "nfl from lnq, end to end"),
+    "nfl from lnq, table per row",
+)
+"""Rows of the tables; others follow as they come."""
 TABLE_GROUP = 64
+SIDEWAYS = 0.028
+"""Bits per weight between the marks of methods of one size."""
 FLOOR = 1e-3
 """Losses below this, nats per token, are drawn at it: the axis is logarithmic."""
 
@@ -89,7 +98,8 @@ def markdown(records: Sequence[Record], model: str, text: str, group: int = TABL
     means = [r for r in averaged(records) if (r["model"], r["text"]) == (model, text)]
     here = {(r["method"], r["bits"]): r for r in means if r["group"] == group}
     bits = sorted({r["bits"] for r in means if r["kind"] == "method"}, reverse=True)
-    methods = list(dict.fromkeys(r["method"] for r in means if r["kind"] != "control"))
+    known = dict.fromkeys(r["method"] for r in means if r["kind"] != "control")
+    methods = sorted(known, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
     rows = [["method", *(f"{b} bits" for b in bits)], ["---"] * (1 + len(bits))]
     for method in methods:
         cells = [cell(here.get((method, b)), here.get(("nf", b))) for b in bits]
@@ -120,7 +130,8 @@ def plot(records: Sequence[Record], path: Path) -> None:
     methods = list(dict.fromkeys(r["method"] for r in means))
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    size = (5.2 * columns + 0.6, 3.9 * rows + 1.1)
+    legend_height = 0.3 + 0.17 * -(-len(methods) // 4)  # inches
+    size = (5.2 * columns + 0.6, 3.9 * rows + legend_height)
     figure, grid = plt.subplots(rows, columns, figsize=size, dpi=130, squeeze=False)
     handles: dict[str, Any] = {}
     for axes, (model, text) in zip(grid.flat, panels, strict=False):
@@ -133,22 +144,38 @@ def plot(records: Sequence[Record], path: Path) -> None:
     commits = ", ".join(dict.fromkeys(f"{r['commit'] or '?'} ({r['date']})" for r in means))
     figure.suptitle(
         f"Loss over bf16 against size of the linear layers; group: {groups}; line: Pareto front; "
-        "bars: standard error over windows; "
+        "methods of one size side by side, the worst first; bars: standard error over windows; "
         f"commit {commits}",
         **{"fontsize": 7, "x": 0.01, "ha": "left"},
     )
     legend = {"fontsize": 8, "ncols": 4, "frameon": False, "loc": "lower center"}
     figure.legend(list(handles.values()), list(handles), **legend)
-    figure.tight_layout(rect=(0, 0.6 / size[1], 1, 1))
+    figure.tight_layout(rect=(0, legend_height / size[1], 1, 1))
     figure.savefig(path)
     plt.close(figure)
+
+
+def side_by_side(points: Sequence[tuple[float, float]]) -> list[float]:
+    """Return how far to draw each (size, loss) from its size: those of one size in their order."""
+    sizes: dict[float, list[int]] = {}
+    for i, (x, _) in enumerate(points):
+        sizes.setdefault(round(x, 2), []).append(i)
+    shifts = [0.0] * len(points)
+    for same in sizes.values():
+        worst_first = sorted(same, key=lambda i: -points[i][1])
+        for place, i in enumerate(worst_first):
+            shifts[i] = (place - (len(same) - 1) / 2) * SIDEWAYS
+    return shifts
 
 
 def draw_panel(axes: Axes, records: Sequence[Record], methods: Sequence[str]) -> dict[str, Any]:
     """Draw one model's points and their front; return name -> handle for the legend."""
     handles: dict[str, Any] = {}
     points = [(r["bits_per_weight"], max(FLOOR, r["dloss"])) for r in records]
-    edge = front(points)
+    shifts = side_by_side(points)
+    at = dict(zip(points, shifts, strict=True))
+    edge = [(x + at[x, y], y) for x, y in front(points)]
+    points = [(x + shift, y) for (x, y), shift in zip(points, shifts, strict=True)]
     axes.plot(*zip(*edge, strict=True), color="0.7", linewidth=1, zorder=1)
     for record, (x, y) in zip(records, points, strict=True):
         colour = COLOURS[methods.index(record["method"]) % len(COLOURS)]
