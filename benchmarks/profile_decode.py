@@ -4,7 +4,7 @@ One request, greedy, CUDA graphs; the model is a folder's, or of a well-known mo
 weights that vLLM makes up. A product's gap is what the kernel before it leaves of its latency.
 
     python benchmarks/profile_decode.py --model OUT
-    python benchmarks/profile_decode.py --model llama-3-8b --variants fp16 w4 --layers 8
+    python benchmarks/profile_decode.py --model llama-3-8b --variants fp16 w4 w4h --layers 8
 """
 
 from __future__ import annotations
@@ -80,8 +80,14 @@ def short(name: str) -> str:
     return re.split(r"[(<]", plain, maxsplit=1)[0][:60]
 
 
-def profile(folder: Path, *, dummy: bool) -> list[Kernel]:
-    """Serve one request in this process and return the kernels of `TOKENS` - 1 decoded tokens."""
+def profile(folder: Path, *, dummy: bool, more: dict[str, Any]) -> list[Kernel]:
+    """Serve one request in this process and return the kernels of `TOKENS` - 1 decoded tokens.
+
+    Args:
+        folder: the model.
+        dummy: whether vLLM makes up its weights.
+        more: arguments of vLLM's engine.
+    """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     import torch
     from vllm import LLM, SamplingParams
@@ -96,6 +102,7 @@ def profile(folder: Path, *, dummy: bool) -> list[Kernel]:
         enable_prefix_caching=False,
         compilation_config={"cudagraph_capture_sizes": [1]},
         **made_up,
+        **more,
     )
     prompt = [{"prompt_token_ids": list(range(10, 138))}]
 
@@ -126,6 +133,9 @@ def main() -> None:
     add("--variants", nargs="+", default=["fp16", "w4"], choices=list(VARIANTS))
     add("--layers", type=int, help="keep only so many layers of a well-known model's shapes")
     add("--rows", type=int, default=14, help="kernels that are printed (14)")
+    add(
+        "--engine", type=json.loads, default={}, metavar="JSON", help="more arguments of vLLM's LLM"
+    )
     add("--out", type=Path, help="a JSON file for all of them")
     args = parser.parse_args()
     own = args.model not in SHAPES
@@ -135,11 +145,12 @@ def main() -> None:
             folder = Path(args.model) if own else Path(temporary)
             if not own:
                 write_folder(folder, variant, args.model, args.layers, TOKENIZER)
-            rows = shares(profile(folder, dummy=not own), TOKENS - 1)
+            rows = shares(profile(folder, dummy=not own, more=args.engine), TOKENS - 1)
         found[variant] = [row._asdict() for row in rows]
         print_rows(variant, rows[: args.rows], rows)
         if args.out:
-            about = {"model": args.model, "layers": args.layers, "us per token": found}
+            about = {"model": args.model, "layers": args.layers, "engine": args.engine}
+            about["us per token"] = found
             args.out.write_text(json.dumps(about, indent=1) + "\n")
 
 

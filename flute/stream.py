@@ -25,7 +25,7 @@ from flute.checkpoint import CheckpointReader, tensor_bytes
 from flute.dense import tied_embedding, untied
 from flute.errors import CheckpointError, FormatError, UnsupportedProblemError
 from flute.experts import split_experts
-from flute.format import SCALE_DTYPES, CheckpointConfig, QuantSpec
+from flute.format import SCALE_DTYPES, WHOLE_ROW, CheckpointConfig, QuantSpec
 from flute.layerwise import CheckpointWalk
 from flute.methods import CALIBRATED, check_finite, fits_table, table_for
 from flute.methods.fit import sample_rows
@@ -371,9 +371,13 @@ def model_config_json(source: Mapping[str, Any], config: CheckpointConfig) -> by
 
 def model_card(source: str, config: CheckpointConfig, layers: Collection[str]) -> str:
     """Return the README.md of a quantised checkpoint: what it is and how to load it."""
-    group = "the whole row" if config.group_size == -1 else f"groups of {config.group_size}"
-    widths = Counter(config.spec_of(name).num_bits for name in layers)
+    head = config.quantized_head
+    widths = Counter(config.spec_of(name).num_bits for name in layers if name != head)
     bits = " and ".join(f"{count} linear layers at {b} bits" for b, count in sorted(widths.items()))
+    what = f"{bits}, {_group(config.group_size)}"
+    if head:
+        spec = config.spec_of(head)
+        what += f", output head at {spec.num_bits} bits and {_group(spec.group_size)}"
     base = f"base_model: {source}\n" if source.count("/") == 1 and not Path(source).exists() else ""
     return f"""---
 library_name: transformers
@@ -383,7 +387,7 @@ tags:
 
 # {Path(source).name}, quantised by FLUTE
 
-{bits}, {group}, table `{config.table}`, method
+{what}, table `{config.table}`, method
 `{config.method}`. Each weight is `table[code] * scale`.
 
 ```python
@@ -394,3 +398,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 """
+
+
+def _group(group_size: int) -> str:
+    return "a scale per row" if group_size == WHOLE_ROW else f"groups of {group_size}"

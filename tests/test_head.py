@@ -211,6 +211,10 @@ def test_disk_and_memory_give_the_same_bits(tmp_path, tied, hadamard):
     assert all(torch.equal(tensors[name], state[name]) for name in state)
     assert "lm_head.weight" not in tensors
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    card = (out / "README.md").read_text()
+    assert (
+        "14 linear layers at 3 bits, groups of 64, output head at 4 bits and groups of 32" in card
+    )
     if not hadamard:
         embedding = loaded(source)["model.embed_tokens.weight"]
         assert torch.equal(tensors["model.embed_tokens.weight"], embedding)
