@@ -128,6 +128,10 @@ class Ready:
         out = torch.empty(self.shape, dtype=self.dtype)
         return Result(self._bias_at, out.data_ptr(), self.bias_type), out
 
+    def c_bias(self) -> Result:
+        """Return the bias, without memory for the product."""
+        return Result(self._bias_at, None, self.bias_type)
+
     def __call__(self, x: Tensor, parameters: dict[str, Any]) -> Tensor | None:
         """Multiply, or return None where it does not hold any more.
 
