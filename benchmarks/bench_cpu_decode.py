@@ -1,10 +1,10 @@
 """Tokens per second of a whole model on a CPU, quantised against bf16, and where the time goes.
 
 A Llama of random weights (1.1 B: 22 layers, 2048, 5632, 32 heads of which 4 for keys, a vocabulary
-of 32,000) decodes one token after another, eagerly, in turns: the bf16 model, the quantised one, and
-that with its own decoder blocks instead of fused ones (`flute.fused`). With one thread time is that
-thread's on a CPU. The language-model head is bf16 in all. --context says how many tokens there are
-before.
+of 32,000) decodes one token after another, eagerly, in turns: the bf16 model, the quantised one,
+and that with its own decoder blocks instead of fused ones (`flute.fused`). With one thread time is
+that thread's on a CPU. The language-model head is bf16 in all. --context says how many tokens there
+are before.
 
     python benchmarks/bench_cpu_decode.py --tokens 20 --threads 1 --bits 4
 """
