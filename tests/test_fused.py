@@ -235,6 +235,27 @@ def test_who_asks_for_more_gets_the_blocks_own_forward(way, steps):
     assert not steps
 
 
+def test_blocks_called_in_any_order(steps):
+    own, ours = both(num_hidden_layers=3)
+    steps.clear()
+    x = torch.randn(1, 1, 64, generator=generator(9))
+    angles = ours.model.rotary_emb(x, torch.zeros(1, 1, dtype=torch.long))
+    with torch.no_grad():
+        for order in ((0, 1, 2), (1, 2), (0, 2), (0, 1, 1), (0, 0, 1, 2)):
+            a = b = x
+            for i in order:
+                a = ours.model.layers[i](a, position_embeddings=angles)
+                b = own.model.layers[i](b, position_embeddings=angles)
+            assert_close(a, b)
+        assert len(steps) == 14
+        first = ours.model.layers[0](x, position_embeddings=angles)
+        seen = []
+        ours.model.layers[1].mlp.register_forward_hook(lambda *args: seen.append(args))
+        ours.model.layers[1](first, position_embeddings=angles)
+        assert seen
+    assert len(steps) == 15
+
+
 def test_attentions_can_be_had(steps):
     own, ours = both(attn_implementation="eager")
     with torch.no_grad():

@@ -6,12 +6,15 @@ Knows addresses and sizes, not modules: `flute.fused` finds them in a model.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from flute.constant import Constant
 from flute.cpu import library
 from flute.cpu.ready import Ready
 from flute.cpu.structures import TYPES, Result, Weight
@@ -70,10 +73,6 @@ class _Block(ctypes.Structure):
     )
 
 
-class _Past(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 3))
-
-
 class _Step(ctypes.Structure):
     _fields_ = (
         ("x", ctypes.c_void_p),
@@ -84,8 +83,10 @@ class _Step(ctypes.Structure):
         ("sine", ctypes.c_void_p),
         ("M", ctypes.c_int64),
         ("angle_stride", ctypes.c_int64),
-        ("keys", _Past),
-        ("values", _Past),
+        ("keys", ctypes.c_void_p),
+        *((f"key_stride_{i}", ctypes.c_int64) for i in range(3)),
+        ("values", ctypes.c_void_p),
+        *((f"value_stride_{i}", ctypes.c_int64) for i in range(3)),
         ("length", ctypes.c_int64),
         ("mask", ctypes.c_void_p),
         ("mask_stride", ctypes.c_int64),
@@ -136,14 +137,14 @@ class Step:
         M, (_, _, _, groups, dim) = x.shape[0], self._block.sizes
         length = keys.shape[2]
         expected = (M, groups, length, dim)
-        if tuple(keys.shape) != expected or tuple(values.shape) != expected:
+        if keys.shape != expected or values.shape != expected:
             raise ValueError(
                 f"the cache returned keys {tuple(keys.shape)} and values {tuple(values.shape)}; "
                 f"expected {expected}."
             )
-        step.keys = _past(keys)
-        step.values = _past(values)
-        step.length = length
+        step.keys, step.values, step.length = keys.data_ptr(), values.data_ptr(), length
+        step.key_stride_0, step.key_stride_1, step.key_stride_2, _ = keys.stride()
+        step.value_stride_0, step.value_stride_1, step.value_stride_2, _ = values.stride()
         if mask is not None:
             if mask.shape[3] != length:
                 raise ValueError(f"`attention_mask` is of {mask.shape[3]} tokens, not {length}.")
@@ -155,16 +156,12 @@ class Step:
         return out
 
 
-def _past(tensor: Tensor) -> _Past:
-    strides = tensor.stride()
-    return _Past(tensor.data_ptr(), strides[:3])
-
-
 class Block:
     """A block made ready; it keeps the memory that it knows alive.
 
     Args:
         products: for each of `PROJECTIONS`, made ready for one token of the dtype.
+        layers: the parameters of the layer of each product, by name.
         norms: "before" attention and "after" it, contiguous and of the dtype; "q" and "k" of each
             head, or neither.
         sizes: that `Sizes.are_taken`.
@@ -175,6 +172,7 @@ class Block:
     def __init__(
         self,
         products: Mapping[str, Ready],
+        layers: Sequence[dict[str, Tensor | None]],
         norms: Mapping[str, Norm],
         sizes: Sizes,
         scaling: float,
@@ -182,7 +180,12 @@ class Block:
     ) -> None:
         self.sizes, self.dtype = sizes, dtype
         self._products = [products[name] for name in PROJECTIONS]
-        self._norms = [(norm.weight, norm.weight.data_ptr()) for norm in norms.values()]
+        self._moves, self._environment = Constant.moves, library.environment()
+        own = [parameter for layer in layers for parameter in layer.values()]
+        self._parameters = (*own, *(norm.weight for norm in norms.values()))
+        self._dense = [p for p in self._parameters if p is not None and not isinstance(p, Constant)]
+        self._dense_at = [tensor.data_ptr() for tensor in self._dense]
+        self._kept = [tensor.detach() for tensor in self._dense]
         self._before = library.function("flute_block_before")
         self._after = library.function("flute_block_after")
         self.max_tokens = min(library.MAX_M, library.direct_m())
@@ -197,21 +200,24 @@ class Block:
         entry = self._products[0].call
         self._numbers = (entry.variant, entry.exact, entry.run)
 
-    def holds(self, parameters: Sequence[dict[str, Any]], norms: Sequence[Tensor | None]) -> bool:
+    def holds(
+        self, parameters: Iterable[dict[str, Tensor | None]], environment: library.Environment
+    ) -> bool:
         """Tell whether what it was made of is still the same.
 
+        Why so: calls that stay in C; a block's weights have just gone through the caches when
+        Python runs, so that each of its instructions takes several times as long as else.
+
         Args:
-            parameters: of the layer of each product, by name.
-            norms: the weights, in the order in which they were given.
+            parameters: by name, of the layer of each product, then of each norm as they were given.
+            environment: as it is now.
         """
-        first, *rest = self._products
+        now = chain.from_iterable(map(dict.values, parameters))
         return (
-            first.holds(parameters[0])
-            and all(product.is_of(p) for product, p in zip(rest, parameters[1:], strict=True))
-            and all(
-                weight is kept and kept.data_ptr() == at
-                for weight, (kept, at) in zip(norms, self._norms, strict=True)
-            )
+            Constant.moves == self._moves
+            and all(map(operator.is_, now, self._parameters))
+            and list(map(Tensor.data_ptr, self._dense)) == self._dense_at
+            and environment == self._environment
         )
 
     def begin(self, step: _Step) -> None:

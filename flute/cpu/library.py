@@ -47,6 +47,8 @@ SLICE_BYTES = 1 << 23
 EXACT_ENVIRONMENT = "FLUTE_CPU_EXACT"
 VARIANT_ENVIRONMENT = "FLUTE_CPU_VARIANT"
 _LARGE_PAGE = 2 << 20
+Environment = tuple[str | None, str | None]
+"""What `environment` returns."""
 
 
 class _Library(NamedTuple):
@@ -404,6 +406,12 @@ def entry() -> Entry:
     library = _found()
     multiply = library.functions.flute_multiply
     return Entry(multiply, _variant_of(library), int(is_exact()), library.run)
+
+
+def environment() -> Environment:
+    """Return what the environment says: which variant, whether exact."""
+    get = os.environ.get
+    return get(VARIANT_ENVIRONMENT), get(EXACT_ENVIRONMENT)
 
 
 def equal_bytes(a: Tensor, b: Tensor) -> bool:
