@@ -1,9 +1,10 @@
 """Tokens per second of a whole model on a CPU, quantised against bf16, and where the time goes.
 
 A Llama of random weights (1.1 B: 22 layers, 2048, 5632, 32 heads of which 4 for keys, a vocabulary
-of 32,000) decodes one token after another, the bf16 model and the quantised one in turns, eagerly.
-With one thread time is that thread's on a CPU. With --head-bits a third model takes turns with
-them, whose output head is quantised too (group 64).
+of 32,000) decodes one token after another, eagerly, in turns: the bf16 model, the quantised one,
+and that with its own decoder blocks instead of fused ones (`flute.fused`). With --head-bits a fourth
+takes turns with them, whose output head is quantised too (group 64); else heads are bf16. With one
+thread time is that thread's on a CPU. --context says how many tokens there are before.
 
     python benchmarks/bench_cpu_decode.py --tokens 20 --threads 1 --bits 4 --head-bits 4
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import statistics
 import time
@@ -23,9 +25,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import flute
+from flute.fused import FusedBlock
 from flute.linear import LutLinear
-
-PROMPT = 16
 
 
 def build() -> LlamaForCausalLM:
@@ -46,9 +47,9 @@ def build() -> LlamaForCausalLM:
 class Decoder:
     """A model that decodes greedily, a token a call."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, context: int) -> None:
         self.model, self.cache = model, DynamicCache()
-        self.tokens = torch.arange(PROMPT)[None]
+        self.tokens = torch.arange(context)[None]
 
     def __call__(self) -> None:
         """Decode the next token."""
@@ -67,22 +68,24 @@ def with_head(model: LlamaForCausalLM, head: torch.nn.Linear, num_bits: int) -> 
 
 
 def share_of_a_token(decode: Decoder, tokens: int, clock: Callable[[], float]) -> dict[str, float]:
-    """What the parts of a model take of its tokens."""
+    """What fused blocks, or else quantised layers, and the head take of a model's tokens."""
     model = decode.model
-    blocks = [m for m in model.model.modules() if isinstance(m, LutLinear)]
-    spent = {
-        "quantised layers": time_layers(blocks, clock),
-        "head": time_layers([model.lm_head], clock),
-    }
+    fused = [m for m in model.model.modules() if isinstance(m, FusedBlock)]
+    parts = (
+        {"decoder blocks": fused}
+        if fused
+        else {"quantised layers": [m for m in model.model.modules() if isinstance(m, LutLinear)]}
+    )
+    parts["head"] = [model.lm_head]
+    spent = {name: time_layers(modules, clock) for name, modules in parts.items()}
     start = clock()
     for _ in range(tokens):
         decode()
     whole = clock() - start
-    for module in (*blocks, model.lm_head):
+    for module in itertools.chain.from_iterable(parts.values()):
         del module.forward
-    share = {part: round(seconds[0] / whole, 3) for part, seconds in spent.items()}
-    share["rest (attention, norms, rotation, Python)"] = round(1 - sum(share.values()), 3)
-    return share
+    share = {name: round(seconds[0] / whole, 3) for name, seconds in spent.items()}
+    return {**share, "rest": round(1 - sum(share.values()), 3)}
 
 
 def time_layers(modules: Iterable[torch.nn.Module], clock: Callable[[], float]) -> list[float]:
@@ -110,7 +113,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--head-bits", type=int, help="of the head of a third model")
+    parser.add_argument("--head-bits", type=int, help="of the head of a fourth model")
+    parser.add_argument("--context", type=int, default=16)
     parser.add_argument("--out", type=Path, help="a JSON file to write")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -120,13 +124,15 @@ def main() -> None:
     start = time.perf_counter()
     flute.quantize_model(quantised, args.bits, 128, method="nf")
     quantise_s = time.perf_counter() - start
+    unfused = copy.deepcopy(quantised)
+    flute.prepare(unfused, fused=False)
     start = time.perf_counter()
     flute.prepare(quantised)
     prepare_s = time.perf_counter() - start
-    models = {"bf16": dense, "flute": quantised}
+    models = {"bf16": dense, "flute": quantised, "flute, not fused": unfused}
     if args.head_bits:
         models["flute, head"] = with_head(quantised, dense.lm_head, args.head_bits)
-    decoders = {name: Decoder(model) for name, model in models.items()}
+    decoders = {name: Decoder(model, args.context) for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in decoders}
     with torch.inference_mode():
         for i in range(args.tokens + 2):
@@ -140,24 +146,27 @@ def main() -> None:
             for name in decoders
             if name != "bf16"
         }
-    ratios = [t / o for t, o in zip(times["bf16"], times["flute"], strict=True)]
+
+    def over(faster: str, slower: str = "bf16") -> float:
+        pairs = zip(times[slower], times[faster], strict=True)
+        return round(statistics.median(s / f for s, f in pairs), 2)
+
     record = {
         "bits": args.bits,
         "threads": args.threads,
+        "context": args.context,
         "tokens_per_s_best": {name: round(1 / min(t), 2) for name, t in times.items()},
         "tokens_per_s_median": {
             name: round(1 / statistics.median(t), 2) for name, t in times.items()
         },
-        "bf16_over_flute": round(statistics.median(ratios), 2),
-        "bf16_over_flute_with_head": None,
+        "bf16_over_flute": over("flute"),
+        "not_fused_over_flute": over("flute", "flute, not fused"),
+        "bf16_over_flute_with_head": over("flute, head") if args.head_bits else None,
         "share_of_a_token": shares,
         "quantise_s": round(quantise_s, 1),
         "prepare_s": round(prepare_s, 2),
         "torch": torch.__version__,
     }
-    if args.head_bits:
-        pairs = zip(times["bf16"], times["flute, head"], strict=True)
-        record["bf16_over_flute_with_head"] = round(statistics.median(t / o for t, o in pairs), 2)
     print(json.dumps(record, indent=1))
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from flute.config import Problem
+from flute.fused import fuse
 from flute.linear import LutLinear
 from flute.precompile import compile_kernels, prepared_problem
 from flute.siblings import share
@@ -20,6 +21,7 @@ def prepare(
     dtype: torch.dtype | None = None,
     exact: bool = False,
     together: bool = False,
+    fused: bool = True,
 ) -> int:
     """Put the weights of a model's quantised layers into the order of kernels and compile those.
 
@@ -36,6 +38,9 @@ def prepare(
         together: on a CPU with several threads, multiply layers that a module gives the same x (q,
             k, v; gate, up) in one call. Worth a try with many threads; with two a token took 1.05
             times as long, since what watches the module costs more than a call.
+        fused: on a CPU, let decoder blocks of Llama, Mistral, Qwen2 and Qwen3 take a token each of
+            a few sequences in two calls of the library, where nothing asks for anything else;
+            `flute.fused` says what. False leaves blocks as they are.
 
     Returns:
         How many layers are ready.
@@ -56,6 +61,8 @@ def prepare(
         layer.to_cpu_order(exact)
     if on_cpu and together:
         share(model)
+    if on_cpu and fused:
+        fuse(model)
     for device, wanted in problems.items():
         with _Progress() as progress:
             compile_kernels(wanted, device, progress.report)

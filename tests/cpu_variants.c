@@ -1,7 +1,8 @@
 /* Random problems by every variant that this CPU runs: bits equal to plain C's, and close to sums in
    double of the dequantised weight. Without Python, so that an emulated CPU can run it. */
-#include "lut.h"
+#include "block.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -94,6 +95,78 @@ static void problem(int bits, int64_t K, int64_t group, enum tables tables) {
   free(codes), free(scales), free(entries), free(ordered_scales), free(dense), free(ordered);
 }
 
+enum { DIM = 48, HEADS = 6, GROUPS = 2, WIDE = 592, LENGTH = 37, OUT = HEADS * DIM + 3 * WIDE + DIM };
+
+/* Sum of the squared errors of attention and of gates over that of their values, in double. */
+static double step_error(const struct block *b, const struct step *s, const void *x, const void *y, const void *out) {
+  const int type = b->type;
+  double error = 0, norm = 0, e, p[LENGTH];
+  for (int h = 0; h < HEADS; h++) {
+    const int64_t at = h / (HEADS / GROUPS) * LENGTH * DIM;
+    double total = 0;
+    for (int t = 0; t < LENGTH; t++) {
+      p[t] = 0;
+      for (int i = 0; i < DIM; i++)
+        p[t] += (double)load(s->q, h * DIM + i, type) * load(s->keys.data, at + t * DIM + i, type);
+      p[t] = s->mask_kind == BOOLEAN && !((const uint8_t *)s->mask)[t] ? 0 : exp(p[t] * b->scaling);
+      total += p[t];
+    }
+    for (int i = 0; i < DIM; i++) {
+      double sum = 0;
+      for (int t = 0; t < LENGTH; t++) sum += p[t] / total * load(s->values.data, at + t * DIM + i, type);
+      e = sum - load(out, h * DIM + i, type);
+      error += e * e;
+      norm += sum * sum;
+    }
+  }
+  for (int i = 0; i < WIDE; i++) {
+    const double v = load(x, i, type), gated = v / (1 + exp(-v)) * load(y, i, type);
+    e = gated - load(out, HEADS * DIM + i, type);
+    error += e * e;
+    norm += gated * gated;
+  }
+  return error / norm;
+}
+
+/* The steps of a decoder block: they begin at odd addresses, and results lie where operands did. */
+static void steps_of_a_block(int type, enum mask_kind kind) {
+  static const double tolerance[] = {[F32] = 1e-6, [BF16] = 5e-3, [F16] = 6e-4};
+  const size_t bytes = element_bytes(type), half = (size_t)GROUPS * LENGTH * DIM;
+  const struct block b = {.heads = HEADS, .groups = GROUPS, .dim = DIM, .scaling = 0.7f, .type = type};
+  float *scratch = malloc((size_t)attend_floats(&b, LENGTH) * sizeof *scratch);
+  char *past = malloc(2 * half * bytes), *x = malloc(2 * WIDE * 4 + 1), *first = malloc(2 * OUT * 4), *y;
+  uint8_t mask[LENGTH];
+  x += 1;
+  y = x + WIDE * bytes;
+  for (size_t i = 0; i < 2 * half; i++) store(past, (int64_t)i, type, 3 * uniform());
+  for (int i = 0; i < 2 * WIDE; i++) store(x, i, type, 9 * uniform());
+  for (int t = 0; t < LENGTH; t++) mask[t] = draw() % 3 != 0;
+  const struct step s = {.q = x, .M = 1, .keys = {past, {0, LENGTH * DIM, DIM}},
+                         .values = {past + half * bytes, {0, LENGTH * DIM, DIM}},
+                         .length = LENGTH, .mask = mask, .mask_kind = kind};
+  const struct norm norm = {y, 1e-5f};
+  for (int v = variants - 1; v >= 0; v--) {
+    if (!flute_variant_usable(v)) continue;
+    const struct steps *steps = flute_variants[v]->steps;
+    char *out = v == variants - 1 ? first : first + OUT * bytes, *gated = out + HEADS * DIM * bytes;
+    char *normed = gated + WIDE * bytes, *sum = normed + WIDE * bytes, *head = sum + WIDE * bytes;
+    for (int64_t g = 0; g < GROUPS; g++) steps->attend(&b, &s, 0, g, scratch, out);
+    memcpy(gated, x, WIDE * bytes);
+    steps->gate(gated, y, gated, WIDE, type);
+    steps->norm(&norm, x, normed, WIDE, type);
+    memcpy(sum, x, WIDE * bytes);
+    steps->add(sum, y, sum, WIDE, type);
+    memcpy(head, x, DIM * bytes);
+    steps->rotate(head, y, y + DIM * bytes, DIM, type);
+    const double error = step_error(&b, &s, x, y, out);
+    const int failed = memcmp(out, first, OUT * bytes) != 0 || !(error <= tolerance[type] * tolerance[type]);
+    problems++;
+    failures += failed;
+    if (failed) printf("%s: steps of type %d, mask %d, error %g\n", flute_variant_name(v), type, kind, sqrt(error));
+  }
+  free(scratch), free(past), free(x - 1), free(first);
+}
+
 int main(void) {
   while (flute_variant_name(variants)) variants++;
   for (int v = 0; v < variants; v++)
@@ -103,6 +176,8 @@ int main(void) {
       for (int64_t group = 32; group <= 256; group *= 2) problem(bits, 256, group, tables);
       problem(bits, 77, 77, tables);
     }
-  printf("%d products, %d failures\n", problems, failures);
+  for (int type = F32; type <= F16; type++)
+    for (enum mask_kind kind = NO_MASK; kind <= BOOLEAN; kind++) steps_of_a_block(type, kind);
+  printf("%d problems, %d failures\n", problems, failures);
   return failures != 0;
 }

@@ -47,6 +47,8 @@ SLICE_BYTES = 1 << 23
 EXACT_ENVIRONMENT = "FLUTE_CPU_EXACT"
 VARIANT_ENVIRONMENT = "FLUTE_CPU_VARIANT"
 _LARGE_PAGE = 2 << 20
+Environment = tuple[str | None, str | None]
+"""What `environment` returns."""
 
 
 class _Library(NamedTuple):
@@ -199,11 +201,25 @@ def _variant_of(library: _Library) -> int:
     return library.variants.index(variant() or library.usable[0])
 
 
-def _check(error: int) -> None:
+def check(error: int) -> None:
+    """Raise what a function of the library returned, if it is not 0.
+
+    Raises:
+        MemoryError: no memory for its scratch.
+    """
     if error == 1:
         raise MemoryError("The CPU kernels could not allocate their scratch.")
     if error:
         raise RuntimeError("torch's thread pool failed to run a CPU kernel.")
+
+
+def function(name: str) -> Any:
+    """Return a function of the library, which returns what `check` takes.
+
+    Raises:
+        UnsupportedProblemError: there is no library; the message says why.
+    """
+    return getattr(_found().functions, name)
 
 
 def call(name: str, *args: Any) -> None:
@@ -218,7 +234,7 @@ def call(name: str, *args: Any) -> None:
         MemoryError: no memory for its scratch.
     """
     library = _found()
-    _check(getattr(library.functions, name)(*args, _variant_of(library), library.run))
+    check(getattr(library.functions, name)(*args, _variant_of(library), library.run))
 
 
 def order(weight: PackedWeight, exact: bool = False) -> tuple[Tensor, Tensor]:
@@ -239,7 +255,7 @@ def order(weight: PackedWeight, exact: bool = False) -> tuple[Tensor, Tensor]:
     stored, _kept = c_weight(weight, scales)
     out = (ctypes.c_void_p(codes.data_ptr()), ctypes.c_void_p(ordered.data_ptr()))
     place = (*out, ctypes.c_int64(codes.numel()))
-    _check(library.functions.flute_order(ctypes.byref(stored), *place, int(exact), library.run))
+    check(library.functions.flute_order(ctypes.byref(stored), *place, int(exact), library.run))
     return codes, ordered
 
 
@@ -268,7 +284,7 @@ def restore(weight: PackedWeight) -> PackedWeight:
     structure, _kept = c_weight(stored, scales)
     ordered = (weight.packed.contiguous(), weight.scales.contiguous())
     addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in ordered]
-    _check(library.functions.flute_restore(ctypes.byref(structure), *addresses, library.run))
+    check(library.functions.flute_restore(ctypes.byref(structure), *addresses, library.run))
     return stored
 
 
@@ -291,7 +307,7 @@ def _dequantize_into(out: Tensor, weight: PackedWeight, first: int) -> None:
     bounds = (ctypes.c_int64(first), ctypes.c_int64(first + out.shape[0]))
     at = ctypes.c_void_p(out.data_ptr())
     dequantise = library.functions.flute_dequantise
-    _check(
+    check(
         dequantise(
             ctypes.byref(structure),
             *bounds,
@@ -378,7 +394,7 @@ class Entry(NamedTuple):
     def __call__(self, weights: Any, results: Any, count: int, tokens: Any) -> None:
         """Multiply 1 to `MAX_M` tokens by several weights: C structures, by reference."""
         numbers = (self.variant, self.exact, self.run)
-        _check(self.multiply(weights, results, count, tokens, *numbers))
+        check(self.multiply(weights, results, count, tokens, *numbers))
 
 
 def entry() -> Entry:
@@ -390,6 +406,12 @@ def entry() -> Entry:
     library = _found()
     multiply = library.functions.flute_multiply
     return Entry(multiply, _variant_of(library), int(is_exact()), library.run)
+
+
+def environment() -> Environment:
+    """Return what the environment says: which variant, whether exact."""
+    get = os.environ.get
+    return get(VARIANT_ENVIRONMENT), get(EXACT_ENVIRONMENT)
 
 
 def equal_bytes(a: Tensor, b: Tensor) -> bool:

@@ -8,7 +8,6 @@ that are given the same x may be multiplied together; which, the scope decides.
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -20,8 +19,6 @@ from flute.constant import Constant
 from flute.cpu import library
 from flute.cpu.structures import TYPES, Result, Tokens, Weight, c_weight
 from flute.format import TENSOR_NAMES, PackedWeight
-
-_ENVIRONMENT = (library.VARIANT_ENVIRONMENT, library.EXACT_ENVIRONMENT)
 
 
 class Scope(Protocol):
@@ -87,7 +84,7 @@ class Ready:
         dtype: torch.dtype,
     ) -> None:
         self._moves = Constant.moves
-        self.environment = tuple(os.environ.get(name) for name in _ENVIRONMENT)
+        self.environment = library.environment()
         self.call = library.entry()
         self._codes, self._scales, self._table = (parameters[name] for name in TENSOR_NAMES)
         self._bias = parameters["bias"]
@@ -100,9 +97,7 @@ class Ready:
 
     def holds(self, parameters: dict[str, Any]) -> bool:
         """Tell whether the layer's parameters and the environment are what it was made for."""
-        get = os.environ.get
-        environment = (get(_ENVIRONMENT[0]), get(_ENVIRONMENT[1]))
-        return self.is_of(parameters) and environment == self.environment
+        return self.is_of(parameters) and library.environment() == self.environment
 
     def is_of(self, parameters: dict[str, Any]) -> bool:
         """Tell whether the layer's parameters are what it was made for."""
@@ -127,6 +122,10 @@ class Ready:
         """Return memory for the product: the C structure, and the tensor."""
         out = torch.empty(self.shape, dtype=self.dtype)
         return Result(self._bias_at, out.data_ptr(), self.bias_type), out
+
+    def c_bias(self) -> Result:
+        """Return the bias, without memory for the product."""
+        return Result(self._bias_at, None, self.bias_type)
 
     def __call__(self, x: Tensor, parameters: dict[str, Any]) -> Tensor | None:
         """Multiply, or return None where it does not hold any more.

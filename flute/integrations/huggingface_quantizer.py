@@ -248,12 +248,12 @@ class FluteHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.failure is not None:
             raise self.failure
         check_filled(model, headers_checked=self.headers_checked)
-        for module in model.modules():
-            if isinstance(module, LutLinear):
-                module.requires_grad_(False)
-                del module.__dict__["weight"]
-        if model.dtype != torch.float32:  # which kernels don't take
-            prepare(model)
+        layers = [module for module in model.modules() if isinstance(module, LutLinear)]
+        for layer in layers:
+            layer.requires_grad_(False)
+            del layer.__dict__["weight"]
+        if model.dtype != torch.float32 or not any(layer.codes.is_cuda for layer in layers):
+            prepare(model)  # of fp32 a GPU's kernels take nothing
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:

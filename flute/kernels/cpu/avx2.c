@@ -186,6 +186,7 @@ INLINE void dense(const struct tiles *a, int64_t k, float out[UNIT][TILE], const
 }
 
 #define MOST_TOKENS 4
+#define WIDTH 8
 #include "variant.h"
 
 #ifdef __clang__
@@ -200,7 +201,7 @@ static int usable(void) {
 
 const struct variant flute_avx2 = {.name = "avx2", .usable = usable, .max_tokens = MOST_TOKENS, .order = BY_BYTES,
     .fixed = any_fixed, .exact = any_exact, .dense = any_dense, .token = any_token, .nearest = any_nearest,
-    .halves = NULL};
+    .halves = NULL, .steps = &all_steps};
 #else
 typedef int not_empty;
 #endif

@@ -236,6 +236,7 @@ static void any_halves(const struct tiles *a, int rows, int type, uint16_t *out)
   else halves(a, rows, type, out, 2);
 }
 
+#define WIDTH 16
 #include "variant.h"
 
 #ifdef __clang__
@@ -249,7 +250,7 @@ static int usable(void) {
 
 const struct variant flute_avx512 = {.name = "avx512", .usable = usable, .max_tokens = MOST_TOKENS, .order = BY_HALVES,
     .fixed = any_fixed, .exact = any_exact, .dense = any_dense, .token = any_token, .nearest = any_nearest,
-    .halves = any_halves};
+    .halves = any_halves, .steps = &all_steps};
 #else
 typedef int not_empty;
 #endif

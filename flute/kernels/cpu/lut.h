@@ -6,6 +6,7 @@
    lut.c    entry points: tokens, rows, threads       order.c    stored order <-> order of kernels
    scalar.c avx2.c avx512.c neon.c    one tile by the instructions of one kind of CPU
    variant.h    what each of those ends with: instances by bits and tokens, tokens in fixed point
+   block.c block.h steps.h    a transformer's block, for a token each: products and what is between
    quantise.c   nearest entries, and the scales of least squared error
 
    Tile order, for one table, or one per range of whole tiles. 16 rows make a tile; K is padded with
@@ -115,6 +116,8 @@ typedef void (*nearest_fn)(const float *weight, int64_t length, float divisor, c
 /* In which order of a unit's codes a variant's fixed_x is; see order_x. */
 enum x_order { AS_CODES = 0, BY_BYTES = 1, BY_HALVES = 2 };
 
+struct steps;
+
 struct variant {
   const char *name;
   int (*usable)(void);
@@ -125,6 +128,7 @@ struct variant {
   token_fn token;
   nearest_fn nearest;
   half_fn halves;              /* NULL: by `dense` */
+  const struct steps *steps;   /* of a decoder block: block.h */
 };
 
 extern const struct variant flute_scalar, flute_avx2, flute_avx512, flute_neon;
@@ -133,26 +137,26 @@ extern const struct variant *const flute_variants[]; /* those compiled, fastest 
 static inline float from_bits(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 static inline uint32_t to_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
 
+/* Without branches, so that loops of them become vectors. */
 static inline float from_f16(uint16_t h) {
   uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7FFF;
-  if (rest >= 0x7C00) return from_bits(sign | 0x7F800000 | (rest & 0x3FF) << 13);
   /* 2^112 rebiases the exponent and makes subnormal numbers normal. */
-  return from_bits(sign | to_bits(from_bits(rest << 13) * from_bits(0x77800000)));
+  uint32_t finite = to_bits(from_bits(rest << 13) * from_bits(0x77800000));
+  return from_bits(sign | (rest >= 0x7C00 ? 0x7F800000 | (rest & 0x3FF) << 13 : finite));
 }
 
 static inline uint16_t to_f16(float f) {
   uint32_t u = to_bits(f), sign = u >> 16 & 0x8000, rest = u & 0x7FFFFFFF;
-  if (rest > 0x7F800000) return (uint16_t)(sign | 0x7E00);
-  if (rest >= 0x477FF000) return (uint16_t)(sign | 0x7C00);
-  if (rest < 0x38800000)  /* subnormal: adding 0.5 leaves the digits of 2^-24 at the end */
-    return (uint16_t)(sign | (to_bits(from_bits(rest) + 0.5f) - 0x3F000000));
-  return (uint16_t)(sign | (rest - 0x38000000 + 0xFFF + (rest >> 13 & 1)) >> 13);
+  uint32_t normal = (rest - 0x38000000 + 0xFFF + (rest >> 13 & 1)) >> 13;
+  /* Subnormal: adding 0.5 leaves the digits of 2^-24 at the end. */
+  uint32_t small = to_bits(from_bits(rest) + 0.5f) - 0x3F000000;
+  uint32_t large = rest > 0x7F800000 ? 0x7E00 : 0x7C00;
+  return (uint16_t)(sign | (rest >= 0x477FF000 ? large : rest < 0x38800000 ? small : normal));
 }
 
 static inline uint16_t to_bf16(float f) {
-  uint32_t u = to_bits(f);
-  if ((u & 0x7FFFFFFF) > 0x7F800000) return (uint16_t)(u >> 16 | 0x40);
-  return (uint16_t)((u + 0x7FFF + (u >> 16 & 1)) >> 16);
+  uint32_t u = to_bits(f), even = u + 0x7FFF + (u >> 16 & 1);
+  return (uint16_t)(((u & 0x7FFFFFFF) > 0x7F800000 ? u | 0x400000 : even) >> 16);
 }
 
 static inline float load(const void *p, int64_t i, int type) {

@@ -67,8 +67,9 @@ static void dense(const struct tiles *a, int64_t k, float out[UNIT][TILE], int b
 static int always(void) { return 1; }
 
 #define MOST_TOKENS MAX_TOKENS
+#define WIDTH 4
 #include "variant.h"
 
 const struct variant flute_scalar = {.name = "scalar", .usable = always, .max_tokens = MOST_TOKENS, .order = AS_CODES,
     .fixed = any_fixed, .exact = any_exact, .dense = any_dense, .token = any_token, .nearest = any_nearest,
-    .halves = NULL};
+    .halves = NULL, .steps = &all_steps};

@@ -2,8 +2,9 @@
 
        fixed(a, sums, bits, tokens), exact(a, sums, bits, tokens), dense(a, k, out, bits)
        MOST_TOKENS    it takes in one pass: 4 or 8
+       WIDTH          floats of a vector
 
-   in which bits and tokens are constants once inlined. */
+   in which bits and tokens are constants once inlined. It defines all_steps (steps.h) besides. */
 #include <math.h>
 
 #define INSTANCES(NAME, BITS)                                                  \
@@ -95,3 +96,5 @@ static void any_nearest(const float *weight, int64_t length, float divisor, cons
     for (int i = 0; i < now; i++) codes[first + i] = order[rank[i]];
   }
 }
+
+#include "steps.h"
