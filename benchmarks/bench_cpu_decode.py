@@ -2,9 +2,9 @@
 
 A Llama of random weights (1.1 B: 22 layers, 2048, 5632, 32 heads of which 4 for keys, a vocabulary
 of 32,000) decodes one token after another, eagerly, in turns: the bf16 model, the quantised one,
-and that with its own decoder blocks instead of fused ones (`flute.fused`). With --head-bits a fourth
-takes turns with them, whose output head is quantised too (group 64); else heads are bf16. With one
-thread time is that thread's on a CPU. --context says how many tokens there are before.
+and that with its own decoder blocks instead of fused ones (`flute.fused`). With --head-bits a
+fourth takes turns with them, whose output head is quantised too (group 64); else heads are bf16.
+With one thread time is that thread's on a CPU. --context says how many tokens there are before.
 
     python benchmarks/bench_cpu_decode.py --tokens 20 --threads 1 --bits 4 --head-bits 4
 """
