@@ -37,7 +37,8 @@ lnq takes longest. nfl learns scales by gradients, from the result of another me
 decoder block in memory. Calibrate on text like that of use, never on the test text.
 The output head stays dense unless --head-bits says otherwise. It is the largest matrix that each
 token reads: a tenth of the time of a token on a GPU and a fifth on a CPU at 4 bits, and more of a
-small model's. Its errors reach the logits directly: take 4 bits in groups of 64 or 32.
+small model's. Its errors reach the logits directly: take 4 bits in groups of 64 or 32. gptq and lnq
+quantise it against what enters it.
 Memory stays bounded by a few blocks of rows, whatever the model's size. A run that was killed goes
 on where it stopped when the same command is repeated. OUT appears only when complete (until then:
 OUT.partial).
