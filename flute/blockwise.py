@@ -8,7 +8,7 @@ Models in memory, checkpoints on disk and quantise-on-load all come here, so tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -23,6 +23,7 @@ from flute.methods import (
     CALIBRATED,
     METHODS,
     check_weight,
+    gptq,
     quantize_calibrated,
     resolve_table,
     table_for,
@@ -34,6 +35,8 @@ from flute.training import LearnOptions, learn_block
 _MAX_WEIGHTS = 1 << 27
 """Weights of a matrix that are quantised at a time, in blocks of rows: an output head has 4 times
 as many, and the search for scales takes several copies of a block in fp32."""
+_HEAD_WEIGHTS = 1 << 25
+"""Weights of a head that error feedback sees at a time: the fewer, the more often it factors."""
 
 
 def quantize_weight(
@@ -75,14 +78,20 @@ def quantize_weight(
         except FormatError as error:
             raise FormatError(f"`{name}.weight`: {error}") from error
         parts.append(part)
-    done = parts[0] if len(parts) == 1 else _joined(parts)
-    if config.table_scope == "row" and len(done.table) < len(dense):
-        return replace(done, table=done.table.repeat(len(dense), 1))
-    return done
+    done = joined(parts)
+    return _per_row(done) if config.table_scope == "row" else done
 
 
-def _joined(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+def _per_row(weight: QuantizedWeight) -> QuantizedWeight:
+    """Return a matrix with a table for each row, whether it had one or a table for all."""
+    N = weight.shape[0]
+    return weight if len(weight.table) == N else replace(weight, table=weight.table.repeat(N, 1))
+
+
+def joined(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
     """Return the parts of one matrix, one below the other; they have one table, or one per row."""
+    if len(parts) == 1:
+        return parts[0]
     codes, scales = torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts])
     table = parts[0].table
     if len(table) > 1:
@@ -90,9 +99,64 @@ def _joined(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
     return QuantizedWeight(codes, scales, table, parts[0].spec)
 
 
-def without_calibration(config: CheckpointConfig) -> CheckpointConfig:
-    """Return a config for a layer that has no Hessian: "mse" where the method needs one."""
+def head_config(config: CheckpointConfig) -> CheckpointConfig:
+    """Return a config with the method that an output head takes, which is in no decoder block.
+
+    "gptq" where the method needs Hessians, "mse" for "nfl", which learns a block at a time.
+    """
+    if config.method in BY_HESSIAN:
+        return replace(config, method="gptq")
     return replace(config, method="mse") if config.method in CALIBRATED else config
+
+
+def quantize_head(
+    read: Callable[[int, int], Tensor],
+    shape: tuple[int, int],
+    name: str,
+    config: CheckpointConfig,
+    table: TableLike | None,
+    hessian: Tensor,
+) -> Iterator[QuantizedWeight]:
+    """Quantise an output head by "gptq", in blocks of rows, which depend on the table only.
+
+    Args:
+        read: returns rows from the first to the second number (excluded), on any device.
+        shape: (N, K).
+        name: full name, for messages.
+        config: from `plan_model`.
+        table: as in `QuantizeOptions`; None fits one to rows at even distances.
+        hessian: sum of x x' over what enters the head, fp32, shape (K, K), where it is quantised.
+
+    Raises:
+        FormatError: NaN or Inf, or a Hessian that cannot be used; the message names the head.
+        CalibrationError: out of memory.
+    """
+    (N, K), spec, device = shape, config.spec_of(name), hessian.device
+    picked = sample_rows(N, K)
+    spans = [(0, N)] if len(picked) == N else [(row, row + 1) for row in picked]
+    if table is None:
+        sample = torch.cat([read(*span) for span in spans]).to(device).float()
+        check_weight(sample, f"{name}.weight")
+        entries = gptq.table_of_rows(sample, hessian, spec)
+    else:
+        entries = resolve_table("gptq", table, spec.num_bits, spec.group_size).to(device)
+    step = max(1, _HEAD_WEIGHTS // K)
+    for start in range(0, N, step):
+        stop = min(start + step, N)
+        rows = read(start, stop).detach().to(device)
+        check_weight(rows, f"{name}.weight", start)
+        own = entries[start:stop] if len(entries) > 1 else entries
+        advice = "Leave the head dense (no `--head-bits`), or use `--method mse`."
+        try:
+            with explain_out_of_memory(f"quantising `{name}` on {device}", advice):
+                done = gptq.quantize(
+                    *(rows.float().contiguous(), hessian, spec, own),
+                    SCALE_DTYPES[config.scale_dtype],
+                    name=f"`{name}`",
+                )
+        except FormatError as error:
+            raise FormatError(f"`{name}`: {error}") from error
+        yield _per_row(done) if config.table_scope == "row" else done
 
 
 def quantize_block(

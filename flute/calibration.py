@@ -195,6 +195,7 @@ class BlockWalk:
         keep_dense: keep the hidden states of the dense model too.
         token_weights: layer name -> how much each token counts in its Hessian for each group of
             its outputs, fp32, shape (samples, sequence, groups), from `flute.guidance`.
+        keep_outputs: keep what the last block gives, for what comes after it.
 
     Raises:
         CalibrationError: the windows do not fit the model.
@@ -213,8 +214,10 @@ class BlockWalk:
         *,
         keep_dense: bool = False,
         token_weights: Mapping[str, Tensor] | None = None,
+        keep_outputs: bool = False,
     ) -> None:
         self.blocks = find_blocks(model, layers)
+        self._keep_outputs = keep_outputs
         self._device = device or next(model.parameters()).device
         self._token_weights = token_weights
         check_windows(model, windows)
@@ -286,6 +289,10 @@ class BlockWalk:
         dtypes = {key: block.module.get_parameter(key).dtype for key in own}
         cast = {key: weight.to(dtypes[key]) for key, weight in own.items()}
         return self._run(block, self._hidden[window], cast)
+
+    def output_of(self, window: int) -> Tensor:
+        """Return what the last block gave for a window, with ``keep_outputs``."""
+        return self._hidden[window].to(self._device)
 
     def target(self, window: int) -> Tensor:
         """Return the dense stream's hidden states of a window, after `advance_dense`."""
@@ -362,7 +369,7 @@ class BlockWalk:
     @torch.no_grad()
     def advance(self, block: Block) -> None:
         """Take the windows through a block as it is now, to the input of the next."""
-        if block.index + 1 == len(self.blocks):
+        if block.index + 1 == len(self.blocks) and not self._keep_outputs:
             self._hidden.clear()
             self._dense.clear()
         with evaluating(block.module):

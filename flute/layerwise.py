@@ -10,7 +10,7 @@ an interrupted run learns again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from flute.architecture import meta_model, model_keys
-from flute.blockwise import quantize_block
+from flute.blockwise import quantize_block, quantize_head
 from flute.calibration import Block, BlockWalk, check_windows, explain_out_of_memory, find_blocks
 from flute.checkpoint import CheckpointReader, open_safetensors
+from flute.dense import output_head
 from flute.end_to_end import quantize_end_to_end
 from flute.errors import UnsupportedProblemError
 from flute.format import QuantizedWeight
 from flute.guidance import output_weights
+from flute.head_inputs import head_hessian
 from flute.model import ModelPlan, QuantizeOptions
 from flute.pack import unpack_codes
 from flute.reference import dequantize
@@ -72,8 +74,10 @@ class CheckpointWalk:
         self._on_disk = {key: name for name, key in keys.items()}
         blocks = find_blocks(self._model, list(plan.body))
         self.block_of = {layer: block.index for block in blocks for layer in block.layers}
-        """Full module name -> index of its block."""
+        """Full module name -> index of its block; a head that has a Hessian is after the last."""
         check_windows(self._model, windows)
+        if plan.head_has_hessian:
+            self.block_of[plan.head] = len(blocks)
         self._walk: BlockWalk | None = None
         self._next = 0
         self._weights: dict[str, QuantizedWeight] = {}
@@ -92,40 +96,66 @@ class CheckpointWalk:
         if learn is not None and learn.end_to_end:
             self._weights = self._weights or self._learn_end_to_end(learn)
             return self._weights[layer]
-        if self._walk is None:
-            self._walk = self._start()
-        while self._next <= self.block_of[layer]:
-            self._pass(self._walk, self._walk.blocks[self._next], self.block_of[layer])
-            self._next += 1
+        self._advance_to(self.block_of[layer])
         return self._weights[layer]
+
+    def quantized_head(self) -> Iterator[QuantizedWeight]:
+        """Return the output head in blocks of rows; all decoder blocks must have been written.
+
+        Raises:
+            CalibrationError: NaN or Inf in its inputs, or out of memory.
+            FormatError: a weight or a Hessian that cannot be used.
+        """
+        head, options = self._plan.head, self._options
+        walk = self._advance_to(self.block_of[head])
+        self._load_outside(walk.blocks[0])
+        hessian = head_hessian(self._model, head, walk, self._windows)
+        self._model.to("meta")
+        name = f"{self._layer_on_disk[head]}.weight"
+        return quantize_head(
+            lambda start, stop: self._reader.rows(name, start, stop),
+            self._plan.shapes[head],
+            *(head, self._plan.config, options.table, hessian),
+        )
+
+    def _advance_to(self, target: int) -> BlockWalk:
+        """Pass through the blocks up to that of an index, which is quantised; return the walk."""
+        self._walk = self._walk or self._start()
+        while self._next <= min(target, len(self._walk.blocks) - 1):
+            self._pass(self._walk, self._walk.blocks[self._next], target)
+            self._next += 1
+        return self._walk
 
     def _start(self) -> BlockWalk:
         """Load what comes before the blocks, take the windows through it, and let it go."""
         model: Any = self._model
-        prefix = find_blocks(model, list(self._plan.body))[0].name.rpartition(".")[0] + "."
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        heads = {name for name, module in model.named_modules() if module is head}
-        wanted = [
-            key
-            for key in model.state_dict()
-            if not key.startswith(prefix)
-            and key.rpartition(".")[0] not in heads
-            and key in self._on_disk
-        ]
         token_weights = None
         if self._options.guided:
             self._load_all()
             token_weights = output_weights(model, self._plan.body, self._windows)
             model.to("meta")
-        _make_buffers(model, self._device)
-        model.load_state_dict(self._read(wanted), strict=False, assign=True)
+        self._load_outside(find_blocks(model, list(self._plan.body))[0])
         walk = BlockWalk(
             *(model, list(self._plan.body), self._windows, self._device),
             keep_dense=self._options.learn is not None,
             token_weights=token_weights,
+            keep_outputs=self._plan.head_has_hessian,
         )
         model.to("meta")
         return walk
+
+    def _load_outside(self, block: Block) -> None:
+        """Load what is neither in a decoder block, of which ``block`` is one, nor in the head."""
+        prefix, head = block.name.rpartition(".")[0] + ".", output_head(self._model)
+        wanted = [
+            key
+            for key in self._model.state_dict()
+            if not key.startswith(prefix)
+            and (not head or key.rpartition(".")[0] != head)
+            and key in self._on_disk
+        ]
+        _make_buffers(self._model, self._device)
+        self._model.load_state_dict(self._read(wanted), strict=False, assign=True)
 
     def _load_all(self) -> None:
         """Load the whole dense model.

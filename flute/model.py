@@ -18,7 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flute.blockwise import quantize_block, quantize_weight, without_calibration
+from flute.blockwise import (
+    head_config,
+    joined,
+    quantize_block,
+    quantize_head,
+    quantize_weight,
+)
 from flute.calibration import BlockWalk, CalibrationError
 from flute.dense import check_head, untie_head, why_dense
 from flute.end_to_end import quantize_end_to_end
@@ -27,6 +33,7 @@ from flute.experts import split_experts, takes_experts
 from flute.format import SCALE_DTYPES, CheckpointConfig, QuantizedWeight, QuantSpec
 from flute.groups import fit_groups, head_group
 from flute.guidance import output_weights
+from flute.head_inputs import head_hessian
 from flute.linear import LutLinear
 from flute.methods import BY_HESSIAN, CALIBRATED, check_table_scope, fits_table, resolve_table
 from flute.reference import dequantize
@@ -57,8 +64,8 @@ class QuantizeOptions:
         guided: weight the Hessians of "gptq" and "lnq" by what each output error costs the whole
             model (`flute.guidance`). The dense model must fit into memory for that.
         head_bits: bits per weight of the output head, which stays dense if None. It takes
-            ``method``, or "mse" where that needs calibration: the head is in no decoder block. One
-            that is tied to the embedding gets a weight of its own; the embedding stays dense.
+            ``method``, but "gptq" instead of "lnq" and "mse" instead of "nfl". One that is tied to
+            the embedding gets a weight of its own; the embedding stays dense.
         head_group_size: weights per scale of the head; None is ``group_size``.
 
     Raises:
@@ -165,6 +172,11 @@ class ModelPlan:
     def body(self) -> dict[str, tuple[int, int]]:
         """``shapes`` without the output head: the layers of decoder blocks."""
         return {name: shape for name, shape in self.shapes.items() if name != self.head}
+
+    @property
+    def head_has_hessian(self) -> bool:
+        """Whether the output head is quantised against the Hessian of its inputs."""
+        return bool(self.head) and self.config.method in BY_HESSIAN
 
 
 def plan_model(model: nn.Module, options: QuantizeOptions, prefix: str = "") -> ModelPlan:
@@ -385,20 +397,20 @@ def _quantized_layers(
         yield from learned.items()
     else:
         yield from _calibrated_layers(model, plan, options, calibration)
-    if plan.head:
+    if plan.head and not plan.head_has_hessian:
         dense = model.get_parameter(f"{plan.head}.weight").data
-        config = without_calibration(plan.config)
-        yield plan.head, quantize_weight(dense, plan.head, config, options.table)
+        yield plan.head, quantize_weight(dense, plan.head, head_config(plan.config), options.table)
 
 
 def _calibrated_layers(
     model: nn.Module, plan: ModelPlan, options: QuantizeOptions, calibration: Tensor
 ) -> Iterator[tuple[str, QuantizedWeight]]:
-    """Yield the layers of the decoder blocks, block by block."""
+    """Yield the layers of the decoder blocks, block by block, then a head that has a Hessian."""
     walk = BlockWalk(
         *(model, list(plan.body), calibration),
         keep_dense=options.learn is not None,
         token_weights=output_weights(model, plan.body, calibration) if options.guided else None,
+        keep_outputs=plan.head_has_hessian,
     )
     for block in walk.blocks:
         weights = {name: model.get_parameter(f"{name}.weight").data for name in block.layers}
@@ -407,3 +419,12 @@ def _calibrated_layers(
             weights[name].copy_(dequantize(weight, weights[name].dtype))
         walk.advance(block)
         yield from quantized.items()
+    if plan.head_has_hessian:
+        hessian = head_hessian(model, plan.head, walk, calibration)
+        dense = model.get_parameter(f"{plan.head}.weight").data
+        parts = quantize_head(
+            lambda start, stop: dense[start:stop],
+            plan.shapes[plan.head],
+            *(plan.head, plan.config, options.table, hessian),
+        )
+        yield plan.head, joined(list(parts))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from flute.architecture import match_names, meta_model, missing_parameters, model_keys
-from flute.blockwise import quantize_weight, without_calibration
+from flute.blockwise import head_config, quantize_weight
 from flute.checkpoint import CheckpointReader, tensor_bytes
 from flute.dense import tied_embedding, untied
 from flute.errors import CheckpointError, FormatError, UnsupportedProblemError
@@ -247,13 +247,16 @@ def _unit(
     module = plan.layers[name]
     N, K = reader.shape(name)
     layer = name.removesuffix(".weight")
-    by_data = walk if module != plan.model_plan.head else None
+    is_head = module == plan.model_plan.head
+    by_data = None if is_head and not plan.model_plan.head_has_hessian else walk
     return Unit(
         layer,
         output_tensors(layer, N, K, config.spec_of(module), config),
         lambda: (
-            _quantize_rows(reader, name, module, without_calibration(config), options, device)
+            _quantize_rows(reader, name, module, head_config(config), options, device)
             if by_data is None
+            else _calibrated_head(by_data, layer)
+            if is_head
             else _calibrated(by_data, layer, module)
         ),
         N * K,
@@ -331,6 +334,14 @@ def _calibrated(walk: CheckpointWalk, layer: str, module: str) -> Iterator[tuple
     yield f"{layer}.codes", pack_codes(weight.codes, weight.spec.num_bits)
     yield f"{layer}.scales", weight.scales
     yield f"{layer}.table", weight.table
+
+
+def _calibrated_head(walk: CheckpointWalk, layer: str) -> Iterator[tuple[str, Tensor]]:
+    for i, rows in enumerate(walk.quantized_head()):
+        yield f"{layer}.codes", pack_codes(rows.codes, rows.spec.num_bits)
+        yield f"{layer}.scales", rows.scales
+        if i == 0 or len(rows.table) > 1:
+            yield f"{layer}.table", rows.table
 
 
 def check_apart(source: Path, destination: str | Path) -> None:

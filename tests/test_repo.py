@@ -31,7 +31,7 @@ LAYERS = (
     ("concat", "cuda", "precompile", "dense", "groups"),
     ("ops", "operands"),
     ("linear", "tune", "calibration", "experts"),
-    ("training", "siblings", "fused", "guidance"),
+    ("training", "siblings", "fused", "guidance", "head_inputs"),
     ("blockwise",),
     ("checkpoint", "end_to_end"),
     ("rotation",),

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from flute.blockwise import without_calibration
+from flute.blockwise import head_config
 from flute.calibration import SAMPLES, SEQUENCE, CalibrationError
 from flute.console import (
     Bar,
@@ -37,7 +37,8 @@ lnq takes longest. nfl learns scales by gradients, from the result of another me
 decoder block in memory. Calibrate on text like that of use, never on the test text.
 The output head stays dense unless --head-bits says otherwise. It is the largest matrix that each
 token reads: a tenth of the time of a token on a GPU and a fifth on a CPU at 4 bits, and more of a
-small model's. Its errors reach the logits directly: take 4 bits in groups of 64 or 32.
+small model's. Its errors reach the logits directly: take 4 bits in groups of 64 or 32. gptq and lnq
+quantise it against what enters it.
 Memory stays bounded by a few blocks of rows, whatever the model's size. A run that was killed goes
 on where it stopped when the same command is repeated. OUT appears only when complete (until then:
 OUT.partial).
@@ -111,8 +112,8 @@ def add_parser(commands: Any) -> None:
         choices=NUM_BITS,
         metavar="B",
         help="quantise the output head too, to 2, 3 or 4 bits (default: leave it dense; 4 is "
-        "sane), by the method, or without data (mse) where that reads a calibration text; one that "
-        "is tied to the embedding gets a weight of its own",
+        "sane), by the method, but gptq instead of lnq and mse instead of nfl; one that is tied to "
+        "the embedding gets a weight of its own",
     )
     parser.add_argument(
         "--head-group-size",
@@ -223,7 +224,7 @@ def _head_row(plan: ModelPlan) -> list[list[str]]:
         return []
     spec, (N, K) = plan.config.spec_of(plan.head), plan.shapes[plan.head]
     group = "row" if spec.group_size == WHOLE_ROW else spec.group_size
-    method = without_calibration(plan.config).method
+    method = head_config(plan.config).method
     return [[f"head: {plan.head}", f"{N} x {K}, {spec.num_bits} bits, {group}, {method}"]]
 
 

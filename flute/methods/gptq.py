@@ -70,9 +70,7 @@ def quantize(
     check_hessian(hessian, K)
     length = spec.group_length(K)
     if table is None:
-        start = get_table("bof-s", spec.num_bits, spec.group_size).to(weight.device)
-        activity = hessian.view(-1, K, K).diagonal(dim1=1, dim2=2).mean(0)
-        table = fit_table(weight[sample_rows(N, K)], spec, start, activity)
+        table = table_of_rows(weight[sample_rows(N, K)], hessian, spec)
     if hessian.ndim == 3:
         parts = [
             quantize(
@@ -175,6 +173,23 @@ def _round_by_kernels(
             )
             rest[:, stop:].addmm_(changes, effect[block, stop:])
     return ranks, scales
+
+
+def table_of_rows(rows: Tensor, hessian: Tensor, spec: QuantSpec) -> Tensor:
+    """Return the table that fits a weight best where inputs are large.
+
+    Args:
+        rows: fp32, shape (rows, K): of a large weight the `fit.sample_rows`.
+        hessian: of the layer, shape (K, K) or (groups, K, K).
+        spec: bits and group size.
+
+    Returns:
+        fp32, shape (1, 2**num_bits).
+    """
+    K = rows.shape[1]
+    start = get_table("bof-s", spec.num_bits, spec.group_size).to(rows.device)
+    activity = hessian.view(-1, K, K).diagonal(dim1=1, dim2=2).mean(0)
+    return fit_table(rows, spec, start, activity)
 
 
 def ranks_of(values: Tensor, bounds: Tensor, out: Tensor | None = None) -> Tensor:
