@@ -98,12 +98,10 @@ def main() -> int:
             wrong += 1
             tables = "ranges" if weight.table_ends else weight.table.shape[0]
             sys.stdout.write(f"wrong by {error:.1e}: M={M}, tables {tables}, {plan}\n")
-    if not args.clusters:
-        runs_of_rounding = [(b, m) for b in args.bits for m in ("gptq", "lnq", "lnq row")]
-        for num_bits, method in runs_of_rounding:
-            wrong += not rounds_well(num_bits, method)
-        runs += runs_of_rounding
-    sys.stdout.write(f"{len(runs)} kernels and methods ran, {wrong} were wrong\n")
+    methods = [(b, m) for b in args.bits for m in ("gptq", "lnq", "lnq row")]
+    methods = [] if args.clusters else methods
+    wrong += sum(not rounds_well(num_bits, method) for num_bits, method in methods)
+    sys.stdout.write(f"{len(runs)} kernels, {len(methods)} methods ran, {wrong} were wrong\n")
     return int(wrong > 0)
 
 
