@@ -7,10 +7,11 @@ are paired with the bf16 model's on the same windows. benchmarks/plot_quality.py
 
 `--workers` measures cases in as many processes, on a GPU too (`--device cuda`), the middle group
 size and the first seed first; `--budget` bounds the time. What is measured is in the file at once,
-and `--append` goes on with what is not in it yet. On a GPU the quantised weights run as dense ones.
+and `--append` goes on with what is not in it yet. On a GPU the quantised weights run as dense ones,
+and several processes want CUDA's MPS (`nvidia-cuda-mps-control -d`): without it they take turns.
 
 Usage: python benchmarks/bench_quality.py --json benchmarks/results/quality.json
-       python benchmarks/bench_quality.py --json gpu.json --device cuda --workers 14 --budget 240 \
+       python benchmarks/bench_quality.py --json gpu.json --device cuda --workers 12 --budget 240 \
            --calibration train.txt --max-tokens 8192 65536
 """
 

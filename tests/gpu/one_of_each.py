@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+import flute
 from flute import cuda, launchers, mma, plans
 from flute.config import Gpu, Problem
 from flute.device import gpu_of
@@ -97,7 +98,10 @@ def main() -> int:
             wrong += 1
             tables = "ranges" if weight.table_ends else weight.table.shape[0]
             sys.stdout.write(f"wrong by {error:.1e}: M={M}, tables {tables}, {plan}\n")
-    sys.stdout.write(f"{len(runs)} kernels ran, {wrong} were wrong\n")
+    methods = [(b, m) for b in args.bits for m in ("gptq", "lnq", "lnq row")]
+    methods = [] if args.clusters else methods
+    wrong += sum(not rounds_well(num_bits, method) for num_bits, method in methods)
+    sys.stdout.write(f"{len(runs)} kernels, {len(methods)} methods ran, {wrong} were wrong\n")
     return int(wrong > 0)
 
 
@@ -109,6 +113,21 @@ def multiply(x: torch.Tensor, weight: PackedWeight, plan: AnyPlan) -> torch.Tens
     finally:
         launchers.choose = choose
         torch.cuda.synchronize()
+
+
+def rounds_well(num_bits: int, method: str) -> bool:
+    """Quantise by the kernels of `flute.cuda_quantize`: less output error than absmax rounding?
+
+    K is no multiple of their blocks, N none of theirs.
+    """
+    name, _, scope = method.partition(" ")
+    x = torch.randn(1024, 160, device=DEVICE)
+    weight = torch.randn(75, 160, device=DEVICE)
+    options = {"hessian": x.T @ x, "table_scope": scope or "tensor"}
+    found = flute.quantize(weight, num_bits, 32, method=name, **options)
+    plain = flute.quantize(weight, num_bits, 32, method="nf")
+    errors = [(x @ (weight - flute.dequantize(q)).T).norm() for q in (found, plain)]
+    return bool(errors[0] < errors[1])
 
 
 if __name__ == "__main__":
