@@ -3,12 +3,12 @@
 
        4 bits   low nibbles of a row's word are codes 0 4 1 5 of 8, high ones 2 6 3 7
        2 bits   a nibble is two codes; low ones are pairs 0 2 4 6 of 8, high ones 1 3 5 7
-       3 bits   low and high bytes of 8 entries fit one table: a code is its own index, and the index
-                + 8 in the byte above; a word is then a row's pair of codes
+       3 bits   of a half word's five codes the first four make two pairs of bytes; the fifth ones and
+                the last codes of the unit make two more
 
-   The activations of 4 and 2 bits are in that order too (BY_BYTES), so a vector of words meets a
-   broadcast of four. Unpacked vectors hold rows 0 1 | 4 5 and 2 3 | 6 7; a horizontal addition at the
-   end of a block puts rows in order. */
+   The activations are in that order too (BY_BYTES), so a vector of words meets a broadcast of four.
+   Unpacked vectors hold rows 0 1 | 4 5 and 2 3 | 6 7; a horizontal addition at the end of a block puts
+   rows in order. */
 #include "lut.h"
 #ifdef FLUTE_X86
 #ifdef __clang__
@@ -51,18 +51,31 @@ INLINE __m256 value_of(const __m256i w[4], const int bits, const int i, __m256 l
 /* A sum as it is now: else gcc adds products to one another first, keeps them all, and so spills. */
 #define IN_TURN(sum) __asm__("" : "+x"(sum))
 
-/* Tables of bytes, twice each: 4 bits: low, high; 3 bits: both in one; 2 bits: of the first code of a
-   pair low, high, of the second low, high. */
+/* Tables of bytes, twice each: low, high; of 2 bits of the first code of a pair, then of the second. */
 INLINE void byte_tables(const struct tiles *a, int bits, __m256i tables[4]) {
   uint8_t bytes[4][16] = {{0}};
   for (int i = 0; i < 16; i++)
     for (int t = 0; t < 4; t++) {
       int code = bits == 4 ? i : bits == 3 ? i & 7 : t < 2 ? i & 3 : i >> 2;
-      int high = bits == 3 ? i >> 3 : t & 1;
-      bytes[t][i] = (uint8_t)((uint16_t)a->fixed_table[code] >> 8 * high);
+      bytes[t][i] = (uint8_t)((uint16_t)a->fixed_table[code] >> 8 * (t & 1));
     }
   for (int t = 0; t < 4; t++)
     tables[t] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)bytes[t]));
+}
+
+/* Codes of 3 bits as bytes, two of each half word: i < 6: codes 2h and 2h + 1 of vector i / 2, h = i & 1;
+   i = 6, 7: the fifth ones of vectors 0 and 1, and of vector 2 beside the last codes, w[3]. */
+INLINE __m256i pairs_of(const __m256i w[4], const int i) {
+  __m256i low, high;
+  if (i < 6) {
+    low = i & 1 ? _mm256_srli_epi16(w[i / 2], 6) : w[i / 2];
+    high = i & 1 ? _mm256_srli_epi16(w[i / 2], 1) : _mm256_slli_epi16(w[i / 2], 5);
+  } else {
+    low = _mm256_srli_epi16(w[i == 6 ? 0 : 2], 12);
+    high = i == 6 ? _mm256_srli_epi16(w[1], 4) : _mm256_slli_epi16(w[3], 8);
+  }
+  const __m256i both = _mm256_blendv_epi8(low, high, _mm256_set1_epi16((short)0xFF00));
+  return _mm256_and_si256(both, _mm256_set1_epi8(7));
 }
 
 INLINE void fixed(const struct tiles *a, float *sums, const int bits, const int tokens) {
@@ -87,30 +100,12 @@ INLINE void fixed(const struct tiles *a, float *sums, const int bits, const int 
           w[v] = _mm256_loadu_si256((const __m256i *)(p + 64 * v));
           if (!half) fetch_codes(p + 64 * v);
         }
-        if (bits == 3) {
-#pragma GCC unroll 16
-          for (int i = 0; i < 16; i++) {
-            __m256i code = i == 15 ? last_codes(w) : _mm256_srli_epi16(w[i / 5], 3 * (i % 5));
-            code = _mm256_and_si256(code, _mm256_set1_epi16(7));
-            code = _mm256_or_si256(_mm256_mullo_epi16(code, _mm256_set1_epi16(0x0101)),
-                                   _mm256_set1_epi16(0x0800));
-            __m256i values = _mm256_shuffle_epi8(tables[0], code);
-#pragma GCC unroll 4
-            for (int m = 0; m < tokens; m++) {
-              int32_t pair;
-              memcpy(&pair, x + m * UNIT + 2 * i, 4);
-              __m256i product = _mm256_madd_epi16(values, _mm256_set1_epi32(pair));
-              sum[m][i & 1] = _mm256_add_epi32(sum[m][i & 1], product);
-              IN_TURN(sum[m][i & 1]);
-            }
-          }
-          continue;
-        }
-        const int planes = bits == 2 ? 2 : 1; /* codes of a nibble */
+        if (bits == 3) w[3] = last_codes(w);
+        const int planes = bits == 2 ? 2 : 1, lookups = 8 / planes; /* planes: codes of a nibble */
 #pragma GCC unroll 8
-        for (int i = 0; i < 2 * bits; i++) { /* nibbles i & 1 of vector i / 2 */
+        for (int i = 0; i < lookups; i++) { /* nibbles i & 1 of vector i / 2, or pairs */
           __m256i index = i & 1 ? _mm256_srli_epi16(w[i / 2], 4) : w[i / 2];
-          index = _mm256_and_si256(index, nibble);
+          index = bits == 3 ? pairs_of(w, i) : _mm256_and_si256(index, nibble);
 #pragma GCC unroll 2
           for (int c = 0; c < planes; c++) {
             __m256i low = _mm256_shuffle_epi8(tables[2 * c], index);
@@ -131,8 +126,7 @@ INLINE void fixed(const struct tiles *a, float *sums, const int bits, const int 
       }
       __m256 scales = load_scales(a, first / a->group, half);
       for (int m = 0; m < tokens; m++) {
-        __m256i s = bits == 3 ? _mm256_add_epi32(sum[m][0], sum[m][1])
-                              : _mm256_hadd_epi32(sum[m][0], sum[m][1]);
+        __m256i s = _mm256_hadd_epi32(sum[m][0], sum[m][1]);
         __m256 part = _mm256_mul_ps(_mm256_cvtepi32_ps(s), _mm256_set1_ps(a->x_unit[m * blocks + b]));
         total[half][m] = _mm256_add_ps(total[half][m], _mm256_mul_ps(part, scales));
       }
@@ -199,7 +193,7 @@ static int usable(void) {
          system_saves(0x06);
 }
 
-const struct variant flute_avx2 = {.name = "avx2", .usable = usable, .max_tokens = MOST_TOKENS, .order = BY_BYTES,
+const struct variant flute_avx2 = {.name = "avx2", .usable = usable, .max_tokens = MOST_TOKENS, .order = BY_BYTES_AND_PAIRS,
     .fixed = any_fixed, .exact = any_exact, .dense = any_dense, .token = any_token, .nearest = any_nearest,
     .halves = NULL, .steps = &all_steps};
 #else

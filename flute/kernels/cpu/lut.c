@@ -73,10 +73,14 @@ INLINE void interleave(const int16_t *from, int16_t *to, const int half) {
   }
 }
 
-/* Activations of a unit in the order of a variant: by bytes (avx2.c), or, of 2 bits, by the halves of
-   a word, which are codes 8 apart (avx512.c). */
+/* Activations of a unit in the order of a variant: by bytes (neon.c, avx2.c), of 3 bits by pairs of codes
+   (avx2.c), or, of 2 bits, by the halves of a word, which are codes 8 apart (avx512.c). */
 INLINE void order_x(const int16_t *from, int16_t *to, int num_bits, enum x_order order) {
-  if (order == AS_CODES || num_bits == 3 || (num_bits == 4 && order == BY_HALVES)) {
+  static const uint8_t pairs[UNIT] = {0,  2,  1,  3,  4,  6,  5,  7,  10, 12, 11, 13, 14, 16, 15, 17,
+                                      20, 22, 21, 23, 24, 26, 25, 27, 8,  18, 9,  19, 28, 30, 29, 31};
+  if (num_bits == 3 && order == BY_BYTES_AND_PAIRS) {
+    for (int i = 0; i < UNIT; i++) to[i] = from[pairs[i]];
+  } else if (order == AS_CODES || num_bits == 3 || (num_bits == 4 && order == BY_HALVES)) {
     memcpy(to, from, UNIT * sizeof *to);
   } else if (num_bits == 4) {
     for (int v = 0; v < UNIT; v += 8) interleave(from + v, to + v, 4);

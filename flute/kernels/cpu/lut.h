@@ -114,7 +114,7 @@ typedef void (*nearest_fn)(const float *weight, int64_t length, float divisor, c
                            const uint8_t *order, int entries, uint8_t *codes);
 
 /* In which order of a unit's codes a variant's fixed_x is; see order_x. */
-enum x_order { AS_CODES = 0, BY_BYTES = 1, BY_HALVES = 2 };
+enum x_order { AS_CODES, BY_BYTES, BY_BYTES_AND_PAIRS, BY_HALVES };
 
 struct steps;
 
