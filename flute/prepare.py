@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flute.config import Problem
-from flute.fused import fuse
+from flute.fused import FusedBlock, fuse
 from flute.linear import LutLinear
 from flute.precompile import compile_kernels, prepared_problem
 from flute.siblings import share
@@ -37,7 +37,8 @@ def prepare(
             is below 5e-4 (relative norm). It holds until the layer is loaded, moved or copied.
         together: on a CPU with several threads, multiply layers that a module gives the same x (q,
             k, v; gate, up) in one call. Worth a try with many threads; with two a token took 1.05
-            times as long, since what watches the module costs more than a call.
+            times as long, since what watches the module costs more than a call. Fused blocks do so
+            anyway.
         fused: on a CPU, let decoder blocks of Llama, Mistral, Qwen2 and Qwen3 take a token each of
             a few sequences in two calls of the library, where nothing asks for anything else;
             `flute.fused` says what. False leaves blocks as they are.
@@ -59,10 +60,11 @@ def prepare(
     on_cpu = [m for m in model.modules() if isinstance(m, LutLinear) and m.takes_cpu_kernels()]
     for layer in on_cpu:
         layer.to_cpu_order(exact)
-    if on_cpu and together:
-        share(model)
     if on_cpu and fused:
         fuse(model)
+    if on_cpu and together:  # blocks that are fused do so, and don't where a hook is in them
+        blocks = [module for module in model.modules() if isinstance(module, FusedBlock)]
+        share(model, {part for block in blocks for part in block.modules()})
     for device, wanted in problems.items():
         with _Progress() as progress:
             compile_kernels(wanted, device, progress.report)

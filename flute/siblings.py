@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -197,17 +197,20 @@ def _ready_of(layer: nn.Module | None, x: Tensor) -> Ready | None:
     return ready if isinstance(ready, Ready) and ready.is_of(layer._parameters) else None
 
 
-def share(model: nn.Module) -> int:
+def share(model: nn.Module, but: Collection[nn.Module] = ()) -> int:
     """Let layers on a CPU that are given the same x be multiplied together.
 
     Args:
         model: modules of it with several layers in CPU order of the same K and spec get two hooks.
+        but: modules that get none.
 
     Returns:
         How many modules have them.
     """
     count = 0
     for module in model.modules():
+        if module in but:
+            continue
         alike: dict[object, list[str]] = {}
         for name, child in module.named_children():
             if isinstance(child, LutLinear) and child.cpu_order:

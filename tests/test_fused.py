@@ -256,6 +256,18 @@ def test_blocks_called_in_any_order(steps):
     assert len(steps) == 15
 
 
+def test_layers_of_fused_blocks_are_not_watched(steps):
+    model = quantized()
+    model.model.layers[1].self_attn.o_proj = nn.Linear(64, 64)  # this block is not fused
+    flute.prepare(model, together=True)
+    hooked = [bool(block.mlp._forward_pre_hooks) for block in model.model.layers]
+    assert hooked == [False, True]
+    steps.clear()
+    with torch.no_grad():
+        model(ids(1, 1))
+    assert len(steps) == 1
+
+
 def test_attentions_can_be_had(steps):
     own, ours = both(attn_implementation="eager")
     with torch.no_grad():
