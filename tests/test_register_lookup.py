@@ -7,8 +7,8 @@ import subprocess
 
 import numpy as np
 import pytest
+from emulated import CXX, needs_compiler
 from helpers import ROOT
-from test_mma_emulated import CXX, needs_compiler
 
 
 @pytest.fixture(scope="module")
