@@ -20,6 +20,7 @@ from flute.format import QuantizedWeight, QuantSpec
 from flute.linear import LutLinear
 from flute.ops import path_of
 
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
 SPECS = [QuantSpec(b, g) for b in (2, 3, 4) for g in (32, 64, 128, 256, -1)]
 TABLES = {
     "one": {},
@@ -30,15 +31,6 @@ TABLES = {
 ERROR = {torch.float32: 5e-4, torch.bfloat16: 4e-3, torch.float16: 8e-4}
 """Of fixed point: 5e-4, and the rounding of the result."""
 EXACT_ERROR = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
-
-
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch):
-    """Switch the kernels on, in fixed point."""
-    monkeypatch.delenv("FLUTE_CPU_VARIANT", raising=False)
-    monkeypatch.delenv("FLUTE_CPU_EXACT", raising=False)
-    if cpu.why_not():
-        pytest.skip(cpu.why_not())
 
 
 def variants():

@@ -18,17 +18,9 @@ from flute.cpu.ready import open_scope
 from flute.format import QuantSpec
 from flute.linear import LutLinear
 
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
 K = 256
 SPEC = QuantSpec(4, 64)
-
-
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch):
-    """Switch the kernels on, in fixed point."""
-    monkeypatch.delenv("FLUTE_CPU_VARIANT", raising=False)
-    monkeypatch.delenv("FLUTE_CPU_EXACT", raising=False)
-    if cpu.why_not():
-        pytest.skip(cpu.why_not())
 
 
 def make(N=21, *, bias=True, **kwargs):

@@ -18,18 +18,10 @@ from flute.fused import FusedBlock
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
 VOCABULARY, PROMPT, LENGTH = TINY["vocab_size"], 6, 14
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 6e-3}
 """Of logits, by two ways with the same products but other roundings."""
-
-
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch):
-    """Switch the kernels on, in fixed point."""
-    monkeypatch.delenv("FLUTE_CPU_VARIANT", raising=False)
-    monkeypatch.delenv("FLUTE_CPU_EXACT", raising=False)
-    if cpu.why_not():
-        pytest.skip(cpu.why_not())
 
 
 def quantized(kind="llama", dtype=torch.float32, **changes):

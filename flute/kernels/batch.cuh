@@ -22,6 +22,8 @@
 //
 // A batch is 2 or 4 steps of 16 k. While one batch's wgmma run, the next is looked up: 4 buffers of
 // fragments, or 2 where registers are short.
+// REGISTER_STEPS of 8 steps are looked up in registers (register_lookup.cuh), the others in shared
+// memory.
 //
 // Scales. SCALE_SUMS: wgmma sums one group, which is then scaled into the total in fp32, as in
 // decode.cuh. Otherwise the looked-up weights are scaled and rounded to the activations' dtype,
