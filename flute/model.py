@@ -130,6 +130,11 @@ class QuantizeOptions:
             except FormatError as error:
                 raise FormatError(f"Of the output head: {error}") from error
 
+    def dtype_of_scales(self, weights: Iterable[torch.dtype]) -> str:
+        """Return the scales' dtype: as asked, else float16 if all weights are, else bfloat16."""
+        own = "float16" if set(weights) == {torch.float16} else "bfloat16"
+        return self.scale_dtype or own
+
     @property
     def head_group(self) -> int:
         """The output head's weights per scale that were asked for."""
@@ -229,7 +234,7 @@ def plan_model(model: nn.Module, options: QuantizeOptions, prefix: str = "") -> 
         method=options.method,
         table=options.table_name,
         table_scope=_table_scope(options, shapes),
-        scale_dtype=options.scale_dtype or _own_scale_dtype(linears[name] for name in shapes),
+        scale_dtype=options.dtype_of_scales(linears[name].weight.dtype for name in shapes),
         modules_to_not_convert=tuple(name for name in linears if name in dense),
         overrides=_overrides(shapes, options, head),
         quantized_head=head,
@@ -280,11 +285,6 @@ def _table_scope(options: QuantizeOptions, shapes: Mapping[str, tuple[int, int]]
             f"of outputs: {', '.join(misfits[:8])}. Skip them, or give one table for all rows."
         )
     return "row"
-
-
-def _own_scale_dtype(linears: Iterable[nn.Linear]) -> str:
-    dtypes = {linear.weight.dtype for linear in linears}
-    return "float16" if dtypes == {torch.float16} else "bfloat16"
 
 
 def empty_lut_linear(linear: nn.Linear, name: str, config: CheckpointConfig) -> LutLinear:

@@ -197,8 +197,7 @@ def plan_checkpoint(directory: Path, options: QuantizeOptions) -> CheckpointPlan
                 f"{plan.shapes[module]}."
             )
     if options.scale_dtype is None:
-        dtypes = {reader.dtype(name) for name in layers}
-        own = "float16" if dtypes == {torch.float16} else "bfloat16"
+        own = options.dtype_of_scales(reader.dtype(name) for name in layers)
         config = CheckpointConfig.from_dict({**plan.config.to_dict(), "scale_dtype": own})
         plan = replace(plan, config=config)
     return CheckpointPlan(reader, plan, layers)

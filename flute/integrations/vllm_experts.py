@@ -342,8 +342,8 @@ class FluteOnlineExpertsMethod(FluteExpertsMethod):
         """
         H, inner = hidden_size, intermediate_size_per_partition
         self._prepare(layer, num_experts, H, inner, params_dtype)
-        own = "float16" if params_dtype == torch.float16 else "bfloat16"
-        self.config = replace(self.config, scale_dtype=self.options.scale_dtype or own)
+        dtype = self.options.dtype_of_scales([params_dtype])
+        self.config = replace(self.config, scale_dtype=dtype)
         for projection, K in (("gate", H), ("down", inner * self.ranks)):
             name = f"{self.name}.{projection}"
             fitted = fit_groups({name: (1, K)}, self.options.group_size)

@@ -89,8 +89,7 @@ class FluteOnlineHeadMethod(FluteHeadMethod):
             FormatError: no group divides its rows.
         """
         group = head_group(self.name, (output_size, input_size), self.options.head_group)
-        own = "float16" if params_dtype == torch.float16 else "bfloat16"
-        dtype = self.options.scale_dtype or own
+        dtype = self.options.dtype_of_scales([params_dtype])
         self.config = replace(self.config, group_size=group, scale_dtype=dtype)
         self.spec = self.config.spec_of(self.name)
         sizes, K = output_partition_sizes, input_size_per_partition

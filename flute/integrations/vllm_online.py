@@ -60,8 +60,7 @@ class FluteOnlineLinearMethod(FluteLinearMethod):
         """
         shape = (output_size, input_size)
         fitted = fit_groups({self.name: shape}, self.options.group_size)
-        own = "float16" if params_dtype == torch.float16 else "bfloat16"
-        dtype = self.options.scale_dtype or own
+        dtype = self.options.dtype_of_scales([params_dtype])
         overrides = dict.fromkeys(self.parts, fitted.get(self.name, {}))
         self.config = replace(self.config, scale_dtype=dtype, overrides=overrides)
         self.spec = self.config.spec_of(self.parts[0])
