@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import packed_weight, random_weight
 
-from flute import launchers, precompile
+from flute import launchers, mma, precompile
 from flute.batch import BatchPlan
 from flute.candidates import heuristic
 from flute.config import Gpu
@@ -95,6 +95,35 @@ def test_batch_params(M, ends, N, num_ranges, range_end):
     assert (params["shape_m"], params["shape_n"], params["num_chunks"]) == (M, N, 8)
     assert params["num_token_tiles"] == -(-M // plan.config.tokens)
     assert (params["num_ranges"], params["range_end"]) == (num_ranges, range_end)
+
+
+@pytest.mark.parametrize(
+    ("environment", "early"),
+    [
+        ({}, 1),
+        ({"TORCHINDUCTOR_ENABLE_PDL": "0"}, 1),
+        ({"TORCHINDUCTOR_ENABLE_PDL": "1"}, 0),
+        ({"TORCHINDUCTOR_ENABLE_PDL": "1", "FLUTE_EARLY_DEPENDENTS": "1"}, 1),
+        ({"FLUTE_EARLY_DEPENDENTS": "0"}, 0),
+    ],
+)
+def test_when_the_next_kernel_may_start_is_told_to_kernels(monkeypatch, environment, early):
+    """Those that inductor generates rely on all kernels before this one having ended."""
+    for name in ("TORCHINDUCTOR_ENABLE_PDL", launchers.EARLY_DEPENDENTS):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    weight = packed_weight(random_weight(40, 512, QuantSpec(4, 64)))
+    problem = launchers.problem_of(weight, 16, torch.float16)
+    for plan, header, name, pointers, start in (
+        (next(p for p in plans_of(problem, Gpu()) if isinstance(p, BatchPlan)),
+         "batch_traits.cuh", "BatchParams", 5, 128),
+        (heuristic(problem, Gpu()), "traits.cuh", "DecodeParams", 7, 0),
+        (mma.candidates(problem, Gpu())[0], "mma_traits.cuh", "MmaParams", 7, 0),
+    ):  # fmt: skip
+        launcher = launchers.product_of(1, plan, problem, Gpu()).launcher
+        params = unpack(launcher.params[start:], fields(header, name), pointers)
+        assert params["early_dependents"] == early, name
 
 
 def test_a_batch_kernel_gets_blocks_of_one_table():

@@ -107,7 +107,6 @@ FLUTE_DEVICE void consume(const BatchParams& p, typename Batch<Config>::Ring& ri
                        lane,
                        static_cast<int>(threadIdx.x % D::kGroupThreads)};
   constexpr int kAll = 1 + D::kWarpgroups;  // barrier of all consumers
-  bool waited = false;
   int range = -1;
 #pragma unroll 1
   for (; !passes.done(); passes.next(p)) {
@@ -140,8 +139,6 @@ FLUTE_DEVICE void consume(const BatchParams& p, typename Batch<Config>::Ring& ri
     }
     float acc[D::kAccs][D::kTokens / 2];
     consumer.run(acc, passes.count);
-    if (!waited) ptx::griddepcontrol_wait();  // `out` may be read by the previous kernel
-    waited = true;
 #pragma unroll
     for (int u = 0; u < D::kAccs; u++)
       if (!D::kSplitK || u < passes.count) epilogue.run(acc[u], block + u, passes.token_tile);
@@ -189,7 +186,7 @@ __global__ void __launch_bounds__(Batch<Config>::kThreads, 1)
     }
     ptx::fence_mbarrier_init();
   }
-  ptx::griddepcontrol_launch_dependents();
+  if (p.early_dependents) ptx::griddepcontrol_launch_dependents();
   if constexpr (!D::kRowTables)
     if (warp < D::kWarps)
       D::Steps::build(smem + D::kTableOffset, TableEntries<D>(entry), threadIdx.x, D::kWarps * 32);
@@ -201,16 +198,15 @@ __global__ void __launch_bounds__(Batch<Config>::kThreads, 1)
   else
     ptx::named_barrier_arrive(kStart, D::kThreads);
   if constexpr (D::kCluster > 1) ptx::cluster_sync();
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
 
   if (warp >= D::kWarps) {
     ptx::setmaxnreg_dec<24>();
     const int share = warp - D::kWarps;
-    if (share < D::kShares) {
-      ptx::griddepcontrol_wait();
-      if (ptx::elect_one())
-        produce_x<D>(p, passes, panels, share, smem + share * D::kXStages * D::kXStageBytes,
-                     x_full + share * D::kXStages * 8, x_empty + share * D::kXStages * 8);
-    }
+    if (share < D::kShares && ptx::elect_one())
+      produce_x<D>(p, passes, panels, share, smem + share * D::kXStages * D::kXStageBytes,
+                   x_full + share * D::kXStages * 8, x_empty + share * D::kXStages * 8);
   } else {
     ptx::setmaxnreg_inc<D::kRegisters>();
     consume<Config>(p, ring, feed, passes, panels, entry, smem, rank, warp, lane);

@@ -16,12 +16,13 @@ struct BatchParams {
   const void* bias;           // (N) in the activations' dtype, or null
   void* out;                  // (M, N)
   int shape_m, shape_n;
-  int num_chunks;       // K padded to a multiple of 256, / 64
-  int num_token_tiles;  // of TOKENS tokens
-  int units_each;       // of a cluster: 64 rows times a token tile
-  int units_rest;       // so many clusters have one more
-  int num_ranges;       // tables in use, at most 8
-  int range_end[8];     // in tiles, multiples of 4: tiles before it use table i
+  int num_chunks;        // K padded to a multiple of 256, / 64
+  int num_token_tiles;   // of TOKENS tokens
+  int units_each;        // of a cluster: 64 rows times a token tile
+  int units_rest;        // so many clusters have one more
+  int num_ranges;        // tables in use, at most 8
+  int range_end[8];      // in tiles, multiples of 4: tiles before it use table i
+  int early_dependents;  // 1: the next kernel may start while the previous one runs
 };
 
 template <class Config>

@@ -233,6 +233,7 @@ FLUTE_DEVICE void run_warp(typename Decode<Config>::Ring& ring, Cursor<Decode<Co
   };
   build_tables();
   ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
 
   XFragments<D> x;
   XRows<D> rows[D::kColumns];  // on their way; streamed: of the next round
@@ -380,9 +381,7 @@ __global__ void __launch_bounds__(Config::num_warps * 32, Config::min_blocks)
   Cursor<D> next(p, share, warp);
 #pragma unroll 1
   for (int i = 0; i < Config::stages; i++) refill<D>(ring, i, next, p, lane, 0);
-  // Why here: earlier or later (at the top, after x, after the last refill) made no difference on
-  // 4096 x 4096.
-  ptx::griddepcontrol_launch_dependents();
+  if (p.early_dependents) ptx::griddepcontrol_launch_dependents();
   run_warp<Config>(ring, next, p, share, entry, range, smem, rank, warp, lane);
   // A block must not leave while another of its cluster still reads its partial sums.
   if constexpr (D::kCluster > 1) ptx::cluster_sync();

@@ -85,8 +85,9 @@ __global__ void __launch_bounds__(Mma<Config>::kThreads, Config::min_blocks)
     feed.copy_weights(stages + i * D::kStageBytes, lane);
     feed.advance(warp, lane);
   }
-  ptx::griddepcontrol_launch_dependents();
+  if (p.early_dependents) ptx::griddepcontrol_launch_dependents();
   ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
 #pragma unroll 1
   for (int i = 0; i < D::kStages - 1; i++) {
     x_feed.copy_x(stages + i * D::kStageBytes);

@@ -23,6 +23,7 @@ struct MmaParams {
   int sums;             // 0: multiply; 1: sum the parts of units, in a second launch
   int num_ranges;    // tables in use, at most 8: tiles [range_end[i-1], range_end[i]) use table i
   int range_end[8];  // in tiles
+  int early_dependents;  // 1: the next kernel may start while the previous one runs
 };
 
 // The kernel's shape. `Config` is a generated struct of constants; flute/mma.py says what each may

@@ -235,7 +235,9 @@ FLUTE_DEVICE void cp_async_bulk(u32 address, const void* pointer, u32 num_bytes,
 }
 
 // griddepcontrol.launch_dependents (sm_90): the next kernel of the stream may start now, beside
-// this one.
+// this one; again, nothing. Behind griddepcontrol_wait, all kernels before this one have ended once
+// the next one runs. Before it they may still run: for next kernels that wait before they touch
+// what any of these writes or reads (EARLY_DEPENDENTS).
 FLUTE_DEVICE void griddepcontrol_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

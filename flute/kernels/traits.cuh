@@ -32,6 +32,7 @@ struct DecodeParams {
   int num_phases;    // K is done in so many parts, one after the other
   int num_ranges;    // tables in use, at most 8: tiles [range_end[i-1], range_end[i]) use table i
   int range_end[8];  // in tiles
+  int early_dependents;  // 1: the next kernel may start while the previous one runs
 };
 
 // The kernel's shape. `Config` is a generated struct of constants; config.py says what each may be.
