@@ -131,7 +131,11 @@ def multiply_dense(
         stop = min(start + rows, N)
         part = dense[: stop - start]
         _dequantize_into(part, weight, start // TILE_N)
-        out[:, start:stop] = F.linear(x, part, None if bias is None else bias[start:stop])
+        # Why not F.linear: its result would be copied, 0.9 GB at 16,384 x 28,672.
+        if bias is None:
+            torch.mm(x, part.t(), out=out[:, start:stop])
+        else:
+            torch.addmm(bias[start:stop], x, part.t(), out=out[:, start:stop])
     return out
 
 

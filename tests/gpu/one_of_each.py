@@ -74,6 +74,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--clusters", action="store_true", help="only kernels of clusters")
+    parser.add_argument("--products", action="store_true", help="no methods, which use torch's")
     args = parser.parse_args()
     torch.manual_seed(0)
     gpu, wrong = gpu_of(DEVICE), 0
@@ -99,7 +100,7 @@ def main() -> int:
             tables = "ranges" if weight.table_ends else weight.table.shape[0]
             sys.stdout.write(f"wrong by {error:.1e}: M={M}, tables {tables}, {plan}\n")
     methods = [(b, m) for b in args.bits for m in ("gptq", "lnq", "lnq row")]
-    methods = [] if args.clusters else methods
+    methods = [] if args.clusters or args.products else methods
     wrong += sum(not rounds_well(num_bits, method) for num_bits, method in methods)
     sys.stdout.write(f"{len(runs)} kernels, {len(methods)} methods ran, {wrong} were wrong\n")
     return int(wrong > 0)
