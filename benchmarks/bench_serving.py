@@ -16,6 +16,7 @@ Or a well-known model's shapes, with weights that vLLM makes up, in all variants
     gptq        int4 in GPTQ's format, group 128, through vLLM's default kernel
 
     python benchmarks/bench_serving.py --model llama-3-8b --variants fp16 w4 gptq
+    python benchmarks/bench_serving.py --variants w4 w4@FLUTE_VLLM_PDL=0    # with an environment
     python benchmarks/bench_serving.py start --variants fp16 w4     # all at once, left running
     python benchmarks/bench_serving.py measure --out serving.json
     python benchmarks/bench_serving.py stop
@@ -89,8 +90,12 @@ def parse() -> argparse.Namespace:
         metavar="FOLDER | SHAPES",
         help=f"folders of models, or one of {', '.join(SHAPES)} (llama-3-8b)",
     )
-    variants = ", ".join(VARIANTS)
-    add("--variants", nargs="+", help=f"what to compare: {variants}, or folders' names (all)")
+    add(
+        "--variants",
+        nargs="+",
+        metavar="NAME[@VARIABLE=VALUE]",
+        help=f"what to compare: {', '.join(VARIANTS)}, or folders' names (all)",
+    )
     add("--layers", type=int, help="keep only so many layers of a well-known model's shapes")
     add("--concurrency", nargs="+", type=int, default=[1, 8, 32, 128], help="requests at once")
     add("--input-tokens", type=int, default=128, help="of each prompt (128)")
@@ -114,8 +119,15 @@ def parse() -> argparse.Namespace:
     args.variants = args.variants or known
     if args.shape and len(args.model) > 1:
         parser.error(f"--model {' '.join(args.model)}: expected one name of shapes, or folders.")
-    if unknown := [variant for variant in args.variants if variant not in known]:
+    args.names = {v: v if v in known else v.partition("@")[0] for v in args.variants}
+    if unknown := [variant for variant, name in args.names.items() if name not in known]:
         parser.error(f"--variants {' '.join(unknown)}: expected some of {', '.join(known)}.")
+    args.environments = {
+        variant: environment_of(variant.removeprefix(name), parser)
+        for variant, name in args.names.items()
+    }
+    if args.engine == "transformers" and any(args.environments.values()):
+        parser.error("--engine transformers runs in this process: set the variables for it.")
     if args.layers and not args.shape:
         parser.error("--layers cuts a well-known model's shapes, not a folder's model.")
     return args
@@ -135,14 +147,28 @@ def folders_of(paths: list[str], parser: argparse.ArgumentParser) -> dict[str, P
     return found
 
 
+def environment_of(given: str, parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Return the variables that a variant's server has besides those of this process.
+
+    Args:
+        given: what follows the variant's name: "" or ``@VARIABLE=VALUE,VARIABLE=VALUE``.
+        parser: which refuses what else it is.
+    """
+    pairs = [pair.partition("=") for pair in given[1:].split(",")] if given else []
+    if any(not name or not equals for name, equals, _ in pairs):
+        parser.error(f"--variants: `{given}` is not @VARIABLE=VALUE or @VARIABLE=VALUE,V=VALUE.")
+    return {name: value for name, _, value in pairs}
+
+
 def start(args: argparse.Namespace, variants: list[str]) -> None:
     import serving_vllm
 
-    folders = {variant: args.folders.get(variant, args.work / variant) for variant in variants}
+    names = {variant: args.names[variant] for variant in variants}
+    folders = {v: args.folders.get(name, args.work / name) for v, name in names.items()}
     extra = list(args.server_arguments)
     if args.shape:
         for variant, folder in folders.items():
-            write_folder(folder, variant, args.shape, args.layers, TOKENIZER)
+            write_folder(folder, names[variant], args.shape, args.layers, TOKENIZER)
         extra = ["--load-format", "dummy", "--dtype", "float16", *extra]
     serving_vllm.start(
         folders,
@@ -150,6 +176,7 @@ def start(args: argparse.Namespace, variants: list[str]) -> None:
         kv_gib=args.kv_gib,
         share=args.memory_share,
         extra=extra,
+        environments=args.environments,
     )
     serving_vllm.wait(args.work, args.wait)
 

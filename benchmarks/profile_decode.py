@@ -92,6 +92,7 @@ def profile(folder: Path, *, dummy: bool, more: dict[str, Any]) -> list[Kernel]:
     import torch
     from vllm import LLM, SamplingParams
 
+    compilation = {"cudagraph_capture_sizes": [1], **more.get("compilation_config", {})}
     made_up: dict[str, Any] = {"load_format": "dummy", "dtype": "float16"} if dummy else {}
     engine = LLM(
         str(folder),
@@ -100,9 +101,8 @@ def profile(folder: Path, *, dummy: bool, more: dict[str, Any]) -> list[Kernel]:
         gpu_memory_utilization=0.6,
         kv_cache_memory_bytes=1 << 30,
         enable_prefix_caching=False,
-        compilation_config={"cudagraph_capture_sizes": [1]},
         **made_up,
-        **more,
+        **{**more, "compilation_config": compilation},
     )
     prompt = [{"prompt_token_ids": list(range(10, 138))}]
 

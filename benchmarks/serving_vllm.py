@@ -20,7 +20,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ def start(
     kv_gib: float,
     share: float,
     extra: Sequence[str],
+    environments: Mapping[str, Mapping[str, str]],
 ) -> None:
     """Start a server per model, without waiting for it.
 
@@ -62,6 +63,7 @@ def start(
         kv_gib: GiB of KV cache of each server.
         share: of the GPU's memory that must be free when each starts.
         extra: more arguments for each.
+        environments: variant -> variables that its server has besides those of this process.
     """
     environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     if find_spec("flashinfer") is None:
@@ -79,7 +81,11 @@ def start(
         command += extra
         with (work / f"{variant}.log").open("w") as log:
             process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=environment, start_new_session=True
+                command,
+                stdout=log,
+                stderr=log,
+                env=environment | environments[variant],
+                start_new_session=True,
             )
         servers[variant] = {
             "port": port,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,6 +108,8 @@ def test_your_own_models_are_measured_as_they_are(tmp_path):
         (["--model", DEMO_MODEL, DEMO_MODEL], "two folders are named llama-demo-7m"),
         (["--model", DEMO_MODEL, "--layers", "1"], "not a folder's model"),
         (["--variants", "w5"], "expected some of fp16, w4, w3, w2, gptq, w4h"),
+        (["--variants", "w4@FLUTE_VLLM_PDL"], "`@FLUTE_VLLM_PDL` is not @VARIABLE=VALUE"),
+        (["--engine", "transformers", "--variants", "w4@A=1"], "set the variables for it"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused_in_a_line(arguments, message):
@@ -114,6 +117,31 @@ def test_arguments_that_make_no_sense_are_refused_in_a_line(arguments, message):
     printed, _ = process.communicate(timeout=100)
     assert process.returncode == 2
     assert message in printed.splitlines()[-1]
+
+
+def test_a_variant_s_server_has_its_environment(tmp_path, monkeypatch):
+    import bench_serving
+    import serving_vllm
+
+    variants = ["w4h", "w4h@FLUTE_VLLM_PDL=0,A=b=c"]
+    arguments = ["start", "--model", "tiny", "--variants", *variants, "--work", str(tmp_path)]
+    started = []
+    monkeypatch.setattr("sys.argv", ["bench", *arguments])
+    monkeypatch.setattr(
+        serving_vllm.subprocess,
+        "Popen",
+        lambda command, env, **_: started.append((command, env)) or SimpleNamespace(pid=1),
+    )
+    monkeypatch.setattr(serving_vllm, "wait", lambda work, seconds: None)
+    monkeypatch.delenv("FLUTE_VLLM_PDL", raising=False)
+    bench_serving.main()
+    (first, plain), (second, changed) = started
+    assert "FLUTE_VLLM_PDL" not in plain
+    assert (changed["FLUTE_VLLM_PDL"], changed["A"]) == ("0", "b=c")
+    assert first[first.index("--model") + 1] == second[second.index("--model") + 1]
+    servers = json.loads((tmp_path / "servers.json").read_text())
+    assert [server["port"] for server in servers.values()] == [8100, 8101]
+    assert list(servers) == variants
 
 
 def test_help_shows_how_to_measure_your_own_model():

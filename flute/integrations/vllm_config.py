@@ -28,6 +28,7 @@ from flute.device import why_not_on
 from flute.errors import UnsupportedProblemError
 from flute.format import CheckpointConfig
 from flute.integrations.vllm_head import FluteHeadMethod, FluteOnlineHeadMethod
+from flute.integrations.vllm_launch import launch_dependently
 from flute.integrations.vllm_layers import (
     environment_request,
     is_quantized_head,
@@ -108,7 +109,7 @@ class FluteQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, *args: Any, **kwargs: Any
     ) -> None:
-        """Check all that can be known before vLLM starts its engine.
+        """Check all that can be known before vLLM starts its engine; let kernels start early.
 
         Args:
             model_name: a folder, or a name on the Hub, whose files are checked while they load.
@@ -145,6 +146,7 @@ class FluteQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
                 int(parallel.tensor_parallel_size) if parallel else 1,
                 cuts_experts=parallel is None or not parallel.enable_expert_parallel,
             )
+        launch_dependently(made, getattr(hf_config, "architectures", None))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the layers that the config names as vLLM renames the model's."""

@@ -24,6 +24,8 @@ from flute.model import QuantizeOptions
 from flute.stream import quantize_checkpoint
 
 NUM_PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 20, 24, 64
+ROUNDS = 10
+"""That the same prompts are answered one after the other."""
 LEVEL = 0.05
 """Logits whose difference may change sign between kernels; their own rounding is 1 / 128."""
 
@@ -33,11 +35,11 @@ import json, pathlib, sys
 def main():
     from vllm import LLM, SamplingParams
 
-    folder, options, work, count = sys.argv[1:]
+    folder, options, work, count, num_sequences, rounds = sys.argv[1:]
     engine = LLM(
         folder,
         max_model_len=256,
-        max_num_seqs=32,
+        max_num_seqs=int(num_sequences),
         gpu_memory_utilization=0.3,
         kv_cache_memory_bytes=1 << 30,
         **json.loads(options),
@@ -45,7 +47,12 @@ def main():
     work = pathlib.Path(work)
     inputs = [{"prompt_token_ids": ids} for ids in json.loads((work / "prompts.json").read_text())]
     sampling = SamplingParams(temperature=0, max_tokens=int(count), ignore_eos=True)
-    texts = [list(out.outputs[0].token_ids) for out in engine.generate(inputs, sampling)]
+    compiled = engine.llm_engine.vllm_config.compilation_config.inductor_compile_config
+    print("dependent launches:", compiled.get("triton.enable_pdl", False))
+    texts = []
+    for _ in range(int(rounds)):
+        outputs = engine.generate(inputs, sampling)
+        texts.append([list(out.outputs[0].token_ids) for out in outputs])
     (work / "texts.json").write_text(json.dumps(texts))
 
 if __name__ == "__main__":
@@ -123,17 +130,36 @@ def test_kernels_write_what_the_dequantised_model_writes(folder, model, prompts,
     check(model, prompts, texts, [greedy(dense, prompt) for prompt in prompts], "dequantised")
 
 
+def serve(folder, prompts, work, eager, num_sequences=32, rounds=1, **environment):
+    """Return what vLLM writes in each round, and what its process printed."""
+    pytest.importorskip("vllm")
+    (work / "engine.py").write_text(ENGINE)
+    (work / "prompts.json").write_text(json.dumps(prompts.tolist()))
+    code = f"import runpy; runpy.run_path({str(work / 'engine.py')!r}, run_name='__main__')"
+    options = json.dumps({"dtype": "float16", "enforce_eager": eager})
+    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+    arguments = (folder, options, work, NEW_TOKENS, num_sequences, rounds)
+    process = python(code, *arguments, **environment)
+    printed, _ = process.communicate(timeout=400)
+    answers = work / "texts.json"
+    assert answers.exists(), printed[-4000:]
+    return json.loads(answers.read_text()), printed
+
+
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
 def test_vllm_writes_what_transformers_writes(folder, model, prompts, texts, eager, tmp_path):
-    pytest.importorskip("vllm")
-    (tmp_path / "engine.py").write_text(ENGINE)
-    (tmp_path / "prompts.json").write_text(json.dumps(prompts.tolist()))
-    code = f"import runpy; runpy.run_path({str(tmp_path / 'engine.py')!r}, run_name='__main__')"
-    options = json.dumps({"dtype": "float16", "enforce_eager": eager})
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
-    process = python(code, folder, options, tmp_path, NEW_TOKENS, **environment)
-    printed, _ = process.communicate(timeout=400)
-    answers = tmp_path / "texts.json"
-    assert answers.exists(), printed[-4000:]
-    others = json.loads(answers.read_text())
+    (others,), _ = serve(folder, prompts, tmp_path, eager)
     check(model, prompts, texts, others, f"vLLM, {'eager' if eager else 'graphs'}")
+
+
+@pytest.mark.parametrize("dependent", ["1", "0"], ids=["dependent", "serial"])
+def test_one_request_at_a_time_writes_the_same_again(
+    folder, model, prompts, texts, dependent, tmp_path
+):
+    """A kernel that started before what it reads is there would write another text at times."""
+    environment = {"FLUTE_VLLM_PDL": dependent}
+    rounds, printed = serve(folder, prompts, tmp_path, False, 1, ROUNDS, **environment)
+    assert f"dependent launches: {dependent == '1'}" in printed
+    assert all(round_ == rounds[0] for round_ in rounds)
+    name = f"vLLM, graphs of one token, dependent launches {dependent}"
+    check(model, prompts, texts, rounds[0], name)

@@ -1,0 +1,54 @@
+"""Programmatic dependent launches of the kernels between our products in vLLM's compiled graphs.
+
+    product --> norm (inductor's) --> product --> ...     each starts before the one in front ends
+
+Our kernels always do that; inductor's norms and activations do it if it is told to. What makes that
+safe is written down in ARCHITECTURE.md ("Dependent launches in vLLM").
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch
+import torch._inductor.config as inductor
+from vllm.platforms import current_platform
+
+ENVIRONMENT = "FLUTE_VLLM_PDL"
+OPTION = "triton.enable_pdl"
+"""Of inductor's config. vLLM hands it over when it compiles, and its cache's key contains it."""
+LOOKED_AT = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""Architectures whose kernels, as inductor generates them, were read for it: in their graphs each
+kernel that does not wait before all else comes after one that has let it start only then."""
+
+
+def launch_dependently(made: Any, architectures: list[str] | None) -> None:
+    """Let inductor's kernels launch dependently where that is known to be safe; never raises.
+
+    Args:
+        made: the VllmConfig that is being made; None changes nothing.
+        architectures: of the model, as in its config.json.
+    """
+    asked = os.environ.get(ENVIRONMENT, "")
+    if asked not in ("", "0", "1"):
+        warnings.warn(
+            f"{ENVIRONMENT}={asked} is not heeded; expected 0 (off) or 1 (on for any model).",
+            stacklevel=2,
+        )
+    if made is None or asked == "0" or not _is_possible():
+        return
+    # Why: kernels of a draft model, or of adapters, take part in the same chain and were not read.
+    alone = made.speculative_config is None and made.lora_config is None
+    if asked == "1" or (alone and set(architectures or ()) & set(LOOKED_AT)):
+        made.compilation_config.inductor_compile_config.setdefault(OPTION, True)
+
+
+def _is_possible() -> bool:
+    """Tell whether this GPU launches dependently, and inductor knows how to."""
+    if not current_platform.is_cuda() or torch.version.hip:
+        return False
+    found = current_platform.get_device_capability()
+    is_new = found is not None and (found.major, found.minor) >= (9, 0)
+    return is_new and hasattr(inductor.triton, "enable_pdl")

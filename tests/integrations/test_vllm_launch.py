@@ -1,0 +1,150 @@
+"""When the plugin lets inductor's kernels launch dependently, in the config that vLLM makes."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+from helpers import DEMO_MODEL
+
+from flute.integrations import vllm as plugin
+from flute.model import QuantizeOptions
+from flute.stream import quantize_checkpoint
+
+pytest.importorskip("vllm")
+
+from flute.integrations import vllm_launch
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launch") / "w4"
+    quantize_checkpoint(DEMO_MODEL, folder, QuantizeOptions(4, 128, method="nf"))
+    return folder
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Make this one part of the plugin believe in a GPU; an H200 to begin with."""
+    monkeypatch.delenv(vllm_launch.ENVIRONMENT, raising=False)
+
+    def be(major, minor, is_cuda=True):
+        platform = SimpleNamespace(
+            is_cuda=lambda: is_cuda,
+            get_device_capability=lambda: SimpleNamespace(major=major, minor=minor),
+        )
+        monkeypatch.setattr(vllm_launch, "current_platform", platform)
+
+    be(9, 0)
+    return be
+
+
+def made(folder, **options):
+    from vllm import EngineArgs
+
+    plugin.register()
+    return EngineArgs(model=str(folder), max_model_len=64, **options).create_engine_config()
+
+
+def option(config):
+    return config.compilation_config.inductor_compile_config.get(vllm_launch.OPTION)
+
+
+def test_the_option_is_inductors():
+    inductor = vllm_launch.inductor
+    assert inductor.triton.enable_pdl is False
+    with inductor.patch({vllm_launch.OPTION: True}):
+        assert inductor.triton.enable_pdl is True
+
+
+def test_an_h200_s_kernels_launch_dependently_and_nothing_else_changes(quantised, gpu, monkeypatch):
+    on = made(quantised)
+    assert option(on) is True
+    monkeypatch.setenv(vllm_launch.ENVIRONMENT, "0")
+    off = made(quantised)
+    assert option(off) is None
+    keys = (on.compilation_config.compute_hash(), off.compilation_config.compute_hash())
+    assert keys[0] != keys[1]  # what was compiled with it is not taken for what was not
+    del on.compilation_config.inductor_compile_config[vllm_launch.OPTION]
+    assert on.compilation_config == off.compilation_config
+    assert on.compute_hash() == off.compute_hash()
+
+
+@pytest.mark.parametrize(
+    ("major", "minor", "is_cuda", "expected"),
+    [(9, 0, True, True), (10, 0, True, True), (8, 9, True, None), (9, 4, False, None)],
+    ids=["sm_90", "sm_100", "sm_89", "not NVIDIA's"],
+)
+def test_only_gpus_that_launch_dependently_are_told_to(
+    quantised, gpu, major, minor, is_cuda, expected
+):
+    gpu(major, minor, is_cuda)
+    assert option(made(quantised)) is expected
+
+
+def test_a_torch_without_the_option_is_left_alone(quantised, gpu, monkeypatch):
+    monkeypatch.setattr(vllm_launch, "inductor", SimpleNamespace(triton=SimpleNamespace()))
+    assert option(made(quantised)) is None
+
+
+def test_a_cpu_is_left_alone(quantised, monkeypatch):
+    monkeypatch.setenv(vllm_launch.ENVIRONMENT, "1")
+    assert option(made(quantised)) is None
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("", True), ("1", True), ("0", False)])
+def test_what_the_user_says_of_the_option_stays(quantised, gpu, monkeypatch, asked, expected):
+    """Neither value is replaced: the user's comes first, and the variable only adds it."""
+    monkeypatch.setenv(vllm_launch.ENVIRONMENT, asked)
+    for own in (False, True):
+        said = {"inductor_compile_config": {vllm_launch.OPTION: own}}
+        assert option(made(quantised, compilation_config=said)) is own
+    assert (option(made(quantised)) is True) == expected
+
+
+def test_models_and_chains_that_were_not_looked_at_need_to_ask(quantised, gpu, monkeypatch):
+    others = {"speculative_config": NGRAM}, {"enable_lora": True}
+    for other in others:
+        assert option(made(quantised, **other)) is None
+    monkeypatch.setenv(vllm_launch.ENVIRONMENT, "1")
+    for other in others:
+        assert option(made(quantised, **other)) is True
+
+
+def test_other_architectures_need_to_ask(gpu, monkeypatch):
+    def told(architectures):
+        compilation = SimpleNamespace(inductor_compile_config={})
+        config = SimpleNamespace(
+            compilation_config=compilation, speculative_config=None, lora_config=None
+        )
+        vllm_launch.launch_dependently(config, architectures)
+        return vllm_launch.OPTION in compilation.inductor_compile_config
+
+    assert told(["LlamaForCausalLM"])
+    assert told(["Qwen3ForCausalLM"])
+    assert not told(["DeepseekV3ForCausalLM"])
+    assert not told(None)
+    monkeypatch.setenv(vllm_launch.ENVIRONMENT, "1")
+    assert told(["DeepseekV3ForCausalLM"])
+    vllm_launch.launch_dependently(None, ["LlamaForCausalLM"])  # no VllmConfig was found
+
+
+def test_another_value_is_told_and_not_heeded(quantised, gpu, monkeypatch):
+    monkeypatch.setenv(vllm_launch.ENVIRONMENT, "yes")
+    with pytest.warns(
+        UserWarning, match=r"FLUTE_VLLM_PDL=yes is not heeded; expected 0 \(off\) or"
+    ):
+        assert option(made(quantised)) is True
+    monkeypatch.setenv(vllm_launch.ENVIRONMENT, "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        vllm_launch.launch_dependently(None, None)
+
+
+def test_a_dense_model_quantised_while_it_loads_is_told_too(gpu, monkeypatch):
+    monkeypatch.setenv("FLUTE_BITS", "4")
+    assert option(made(DEMO_MODEL, quantization="flute")) is True
+    assert option(made(DEMO_MODEL)) is None  # not ours
