@@ -16,6 +16,8 @@ import torch
 import torch._inductor.config as inductor
 from vllm.platforms import current_platform
 
+from flute.launchers import EARLY_DEPENDENTS
+
 ENVIRONMENT = "FLUTE_VLLM_PDL"
 OPTION = "triton.enable_pdl"
 """Of inductor's config. vLLM hands it over when it compiles, and its cache's key contains it."""
@@ -43,6 +45,9 @@ def launch_dependently(made: Any, architectures: list[str] | None) -> None:
     alone = made.speculative_config is None and made.lora_config is None
     if asked == "1" or (alone and set(architectures or ()) & set(LOOKED_AT)):
         made.compilation_config.inductor_compile_config.setdefault(OPTION, True)
+    if made.compilation_config.inductor_compile_config.get(OPTION):
+        # In this process and those that vLLM starts; the launchers are made there, later.
+        os.environ.setdefault(EARLY_DEPENDENTS, "0")
 
 
 def _is_possible() -> bool:

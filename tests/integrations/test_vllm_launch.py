@@ -9,6 +9,7 @@ import pytest
 from helpers import DEMO_MODEL
 
 from flute.integrations import vllm as plugin
+from flute.launchers import EARLY_DEPENDENTS, early_dependents
 from flute.model import QuantizeOptions
 from flute.stream import quantize_checkpoint
 
@@ -29,7 +30,9 @@ def quantised(tmp_path_factory):
 @pytest.fixture
 def gpu(monkeypatch):
     """Make this one part of the plugin believe in a GPU; an H200 to begin with."""
-    monkeypatch.delenv(vllm_launch.ENVIRONMENT, raising=False)
+    for name in (vllm_launch.ENVIRONMENT, EARLY_DEPENDENTS):
+        monkeypatch.setenv(name, "")  # so that what is set is undone
+        monkeypatch.delenv(name)
 
     def be(major, minor, is_cuda=True):
         platform = SimpleNamespace(
@@ -63,9 +66,12 @@ def test_the_option_is_inductors():
 def test_an_h200_s_kernels_launch_dependently_and_nothing_else_changes(quantised, gpu, monkeypatch):
     on = made(quantised)
     assert option(on) is True
+    assert not early_dependents()
+    monkeypatch.delenv(EARLY_DEPENDENTS)
     monkeypatch.setenv(vllm_launch.ENVIRONMENT, "0")
     off = made(quantised)
     assert option(off) is None
+    assert early_dependents()
     keys = (on.compilation_config.compute_hash(), off.compilation_config.compute_hash())
     assert keys[0] != keys[1]  # what was compiled with it is not taken for what was not
     del on.compilation_config.inductor_compile_config[vllm_launch.OPTION]
