@@ -48,7 +48,7 @@ def run_on_host(
     library: ctypes.CDLL, launcher: Launcher, pointers: Sequence[int], *, early: bool = False
 ) -> list[int]:
     """Do what a launch would; returns wavefronts of reads, writes, ldmatrix, and the least."""
-    params = bytearray(launcher.params)
+    params = bytearray(launcher.params + bytes(-len(launcher.params) % 8))  # as it is laid out
     for slot, pointer in zip(launcher.slots, pointers, strict=True):
         params[slot : slot + 8] = pointer.to_bytes(8, "little")
     x, y, _, num_threads, _, _, smem_bytes = launcher._launch_shape

@@ -80,6 +80,16 @@ FLUTE_DEVICE void sum_parts(const MmaParams& p) {
 #pragma unroll 1
   for (int first = blockIdx.y * kItems * D::kThreads; first < kUnitItems;
        first += gridDim.y * kItems * D::kThreads) {
+    int items[kItems];  // -1: past M or N, where no piece has stored anything
+#pragma unroll
+    for (int i = 0; i < kItems; i++) {
+      const int item = first + i * D::kThreads + thread;
+      const int token = unit.token_tile * D::kTokens + item / (D::kRows / 8),
+                n = unit.tile * 16 + item % (D::kRows / 8) * 8;
+      const bool stored =
+          item < kUnitItems && token < p.shape_m && n < unit.tile_end * 16 && n < p.shape_n;
+      items[i] = stored ? item : -1;
+    }
     float v[kItems][8] = {};
 #pragma unroll 1
     for (int piece = blockIdx.x; piece < p.num_pieces && pieces.begin(piece) < end; piece++) {
@@ -90,8 +100,7 @@ FLUTE_DEVICE void sum_parts(const MmaParams& p) {
       for (int i = 0; i < kItems; i++)
 #pragma unroll
         for (int h = 0; h < 2; h++)
-          ptx::ld_global_v4(
-              bits[i][h], from + min(first + i * D::kThreads + thread, kUnitItems - 1) * 8 + h * 4);
+          ptx::ld_global_v4(bits[i][h], from + max(items[i], 0) * 8 + h * 4);
 #pragma unroll
       for (int i = 0; i < kItems; i++)
 #pragma unroll
@@ -99,11 +108,9 @@ FLUTE_DEVICE void sum_parts(const MmaParams& p) {
     }
 #pragma unroll
     for (int i = 0; i < kItems; i++) {
-      const int item = first + i * D::kThreads + thread, row = item % (D::kRows / 8) * 8;
-      const int token = unit.token_tile * D::kTokens + item / (D::kRows / 8),
-                n = unit.tile * 16 + row;
-      if (item < kUnitItems && token < p.shape_m && n < unit.tile_end * 16 && n < p.shape_n)
-        store_rows<D>(p, v[i], n, token);
+      if (items[i] >= 0)
+        store_rows<D>(p, v[i], unit.tile * 16 + items[i] % (D::kRows / 8) * 8,
+                      unit.token_tile * D::kTokens + items[i] / (D::kRows / 8));
     }
   }
 }

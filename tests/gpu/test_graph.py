@@ -88,12 +88,12 @@ def test_beside_dependent_kernels_of_inductor(M, monkeypatch):
             graph = torch.cuda.CUDAGraph(keep_graph=True)
             with torch.cuda.graph(graph):
                 out = compiled(x)
-        kinds = edge_types(graph)
-        assert (kinds.count(DEPENDENT) > 12) is enable  # ours are 12
-        graph.instantiate()
-        for _ in range(300):
-            out.zero_()
-            graph.replay()
-            results.append(out.clone())
+            kinds = edge_types(graph)
+            assert (kinds.count(DEPENDENT) > 12) is enable  # ours are 12
+            graph.instantiate()
+            for _ in range(300):
+                out.zero_()
+                graph.replay()
+                results.append(out.clone())
     torch.cuda.synchronize()
     assert all(torch.equal(result, results[0]) for result in results)
