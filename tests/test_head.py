@@ -237,7 +237,6 @@ def test_tune_asks_for_the_head_s_shape(source, tmp_path):
     [
         (["--head-group-size", "32"], "the output head stays dense: give `head_bits`"),
         (["--head-bits", "4", "--skip", "lm_head"], "leaves the output head `lm_head` dense"),
-        (["--head-bits", "4", "--head-group-size", "48"], "Of the output head: `group_size` is 48"),
     ],
 )
 def test_failures_are_one_line(source, tmp_path, capsys, arguments, message):
