@@ -40,7 +40,7 @@ def run_here(
     """Yield each job with its records, one after the other, until the deadline.
 
     Args:
-        benches: model's folder -> what makes its `bench_quality.Bench`.
+        benches: model's folder -> what makes its `quality_measure.Bench`.
         jobs: what to measure.
         deadline: by `time.perf_counter`; no job is begun after it.
     """
@@ -67,7 +67,7 @@ def run_in_workers(
         workers: processes, with one thread each.
     """
     context = multiprocessing.get_context("forkserver")  # imports once, and no CUDA is inherited
-    context.set_forkserver_preload(["bench_quality", "quality_workers", "transformers"])
+    context.set_forkserver_preload(["quality_measure", "quality_workers", "transformers"])
     todo, done = context.Queue(), context.Queue()
     for job in jobs:
         todo.put(job)

@@ -15,6 +15,9 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
+from flute.errors import FormatError, UnsupportedProblemError
+from flute.format import GROUP_SIZES, WHOLE_ROW
+
 stderr = Console(stderr=True, soft_wrap=True)
 
 
@@ -155,6 +158,33 @@ def add_device(parser: argparse.ArgumentParser, purpose: str) -> None:
     )
 
 
+def seed(text: str) -> int:
+    """Parse a seed of torch's generators: 64 bits, and below 0 what torch takes."""
+    number = int(text)
+    if not -(1 << 63) <= number < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text} is no seed; expected a number of 64 bits")
+    return number
+
+
+def group_size(text: str) -> int:
+    """Parse weights per scale: a number of `GROUP_SIZES`, or "row"."""
+    sizes = {str(size): size for size in (*GROUP_SIZES, WHOLE_ROW)} | {"row": WHOLE_ROW}
+    if text not in sizes:
+        expected = f"{', '.join(map(str, GROUP_SIZES))} or row"
+        raise argparse.ArgumentTypeError(f"{text!r} is no group size; expected {expected}")
+    return sizes[text]
+
+
+def check_at_least(option: str, value: int | None, minimum: int) -> None:
+    """Refuse a number that is too small; None is one that was not given.
+
+    Raises:
+        FormatError: it is below ``minimum``.
+    """
+    if value is not None and value < minimum:
+        raise FormatError(f"`{option}` is {value}; expected at least {minimum}.")
+
+
 def pick_device(name: str) -> str:
     """Return the device a user asked for, "auto" resolved.
 
@@ -163,16 +193,20 @@ def pick_device(name: str) -> str:
     """
     import torch
 
-    from flute.errors import UnsupportedProblemError
-
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        is_gpu = torch.device(name).type == "cuda"
+    except RuntimeError as error:
+        message = f"Device {name!r} cannot be used: torch knows none of this name. Use cpu or cuda."
+        raise UnsupportedProblemError(message) from error
+    try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UnsupportedProblemError(
-            f"Device {name!r} cannot be used: {str(error).splitlines()[0]}"
-        ) from error
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        hint = "`flute doctor` shows the GPUs that torch sees." if is_gpu else "Use cpu or cuda."
+        message = f"Device {name!r} cannot be used: {reason}. {hint}"
+        raise UnsupportedProblemError(message) from error
     return name
 
 

@@ -179,7 +179,7 @@ def check_windows(model: Any, windows: Tensor) -> None:
         EvaluationError: they are longer than its context, or hold tokens beyond its vocabulary.
     """
     window = windows.shape[1]
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_of(model)
     if context and window > context:
         raise EvaluationError(f"`window` is {window}; the model's context is {context} tokens.")
     vocabulary = getattr(model.config, "vocab_size", None)
@@ -202,7 +202,12 @@ def _window_losses(model: Any, batch: Tensor) -> Tensor:
 
 def default_window(model: Any) -> int:
     """Return 2,048 tokens, or the model's context if that is shorter."""
-    return min(DEFAULT_WINDOW, getattr(model.config, "max_position_embeddings", DEFAULT_WINDOW))
+    return min(DEFAULT_WINDOW, context_of(model) or DEFAULT_WINDOW)
+
+
+def context_of(model: Any) -> int | None:
+    """Return the tokens of a model's context; None if its config does not say."""
+    return getattr(model.config, "max_position_embeddings", None)
 
 
 def relative_error(dense: Tensor, quantized: Tensor) -> float:

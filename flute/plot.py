@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ def check_plotting(path: str | Path) -> None:
     """Check that a plot could be drawn to ``path``, before the work whose result it shows.
 
     Raises:
-        UnsupportedProblemError: matplotlib is missing, or the suffix or folder is no good.
+        UnsupportedProblemError: matplotlib is missing, the suffix is unknown, or the file cannot be
+            written.
     """
     try:
         import matplotlib.pyplot as plt
@@ -28,6 +30,8 @@ def check_plotting(path: str | Path) -> None:
         )
     if not path.parent.is_dir():
         raise UnsupportedProblemError(f"`{path.parent}` is not a folder to put a plot in.")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UnsupportedProblemError(f"`{path}` cannot be written. Choose another file.")
 
 
 def plot_quality(points: Sequence[tuple[str, int, float]], path: str | Path, subtitle: str) -> None:
@@ -67,8 +71,7 @@ def plot_quality(points: Sequence[tuple[str, int, float]], path: str | Path, sub
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def plot_evaluation(records: Sequence[Mapping[str, Any]], path: str | Path, subtitle: str) -> None:
@@ -121,8 +124,7 @@ def plot_evaluation(records: Sequence[Mapping[str, Any]], path: str | Path, subt
         one.tick_params(labelsize=8)
     figure.suptitle(f"Quality. {subtitle}", fontsize=9, x=0.01, ha="left")
     figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def _plot_values(
@@ -173,3 +175,21 @@ def _plot_scores(axes: Any, records: Sequence[Mapping[str, Any]]) -> None:
     axes.set_xticks(range(len(tasks)), tasks, rotation=20, ha="right")
     axes.set_ylabel("zero-shot, lm-eval", fontsize=8)
     axes.legend(fontsize=7, frameon=False)
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    """Write a figure, and forget it.
+
+    Raises:
+        UnsupportedProblemError: the file cannot be written.
+    """
+    import matplotlib.pyplot as plt
+
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise UnsupportedProblemError(
+            f"The plot `{path}` cannot be written: {error.strerror or error}."
+        ) from error
+    finally:
+        plt.close(figure)

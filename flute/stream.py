@@ -140,6 +140,8 @@ def find_source(source: str | Path, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: neither a folder nor a model that can be had.
     """
+    if not str(source):
+        raise CheckpointError("The model's name is empty; expected a folder, or a name on the Hub.")
     if Path(source).exists() or str(source).count("/") != 1 or str(source).startswith((".", "~")):
         return Path(source).expanduser()
     from huggingface_hub import snapshot_download

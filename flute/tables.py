@@ -178,7 +178,7 @@ def read_table_file(path: Path) -> object:
         ".txt": lambda p: np.loadtxt(
             p, delimiter=None if "," not in p.read_text() else ","
         ).tolist(),
-        ".npy": lambda p: np.load(p, allow_pickle=False),
+        ".npy": _array,
         ".safetensors": _only_tensor,
     }
     if path.suffix not in readers:
@@ -191,6 +191,14 @@ def read_table_file(path: Path) -> object:
 
 def _exact_dtype(values: object) -> torch.dtype | None:
     return None if isinstance(values, np.ndarray) else torch.float64
+
+
+def _array(path: Path) -> np.ndarray:
+    with path.open("rb") as file:
+        if file.read(6) != b"\x93NUMPY":
+            raise ValueError("it is no .npy file; write one by numpy.save")
+    array: np.ndarray = np.load(path, allow_pickle=False)
+    return array
 
 
 def _only_tensor(path: Path) -> Tensor:

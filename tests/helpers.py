@@ -138,6 +138,11 @@ def save_tiny(folder: Path, kind: str = "llama", *, shard: str = "5GB", **change
     return model
 
 
+def saved_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor in the safetensors files of a folder, by name."""
+    return {k: t for path in folder.glob("*.safetensors") for k, t in load_file(path).items()}
+
+
 def edit_tensors(folder: Path, changes: dict[str, Tensor | None]) -> None:
     """Replace (or, by None, remove) tensors in the one safetensors file of a folder."""
     path = folder / "model.safetensors"

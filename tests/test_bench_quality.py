@@ -15,7 +15,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import baselines
 import bench_quality
 import plot_quality
-from bench_quality import Case, Remembered, cases_of, collect_hessians, draw, quantized_copy
+import quality_cases
+from quality_cases import Case, cases_of, collect_hessians, quantized_copy
+from quality_measure import Remembered, draw, make_dense
 
 from flute.divergence import divergence
 from flute.evaluate import relative_error
@@ -81,7 +83,7 @@ def test_gptq_leaves_out_columns_that_are_never_active():
 
 
 def test_cases_are_all_methods_and_seeds_where_text_is_drawn():
-    methods = [*bench_quality.OURS, *bench_quality.OTHERS]
+    methods = [*quality_cases.OURS, *quality_cases.OTHERS]
     cases = list(cases_of(methods, (4, 3, 2), (32, 64, 128), calibration=True))
     assert len(set(cases)) == len(cases)
     count = {m: sum(case.method == m for case in cases) for m in methods}
@@ -90,7 +92,7 @@ def test_cases_are_all_methods_and_seeds_where_text_is_drawn():
     assert count["bitsandbytes nf4"] == 3
     assert count["int8"] == 1
     without = {case.method for case in cases_of(methods, (4,), (64,), calibration=False)}
-    assert not without & set(bench_quality.CALIBRATED)
+    assert not without & set(quality_cases.CALIBRATED)
     assert "table" not in methods
 
 
@@ -225,7 +227,7 @@ def test_dense_layers_in_place_of_quantised_ones_compute_the_same(kind):
     values = {name: layer.dequantize(torch.float32) for name, layer in layers.items()}
     ids = torch.arange(24)[None]
     logits = model(input_ids=ids).logits
-    bench_quality.make_dense(model)
+    make_dense(model)
     for name, expected in values.items():
         linear = model.get_submodule(name)
         assert type(linear) is torch.nn.Linear

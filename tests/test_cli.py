@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from helpers import DEMO_MODEL, edit_json, folder_bytes, save_tiny
+from helpers import DEMO_MODEL, folder_bytes, save_tiny
 from safetensors.torch import load_file
 
 import flute
@@ -219,93 +219,6 @@ def test_doctor_reports_the_originals_package(monkeypatch, capsys):
     code, report = run_json(capsys, "doctor")
     assert code == 1
     assert "pip uninstall flute-kernel" in report["problems"][0]
-
-
-FAILURES = {
-    "missing folder": (["quantize", "{tmp}/none", "{tmp}/out"], "is not a folder"),
-    "unreachable hub model": (
-        ["quantize", "no/such-model", "{tmp}/out"],
-        "cannot be had from the Hub",
-    ),
-    "occupied output": (["quantize", "{demo}", "{tmp}"], "exists and is not empty"),
-    "quantised twice": (["quantize", "{quantized}", "{tmp}/out"], "is quantised already"),
-    "bad table": (["quantize", "{demo}", "{tmp}/out", "--table", "[1,2]"], "expected one of"),
-    "contradicting table": (
-        ["quantize", "{demo}", "{tmp}/out", "--method", "nf", "--table", "int"],
-        "always uses the nf table",
-    ),
-    "bad group": (["quantize", "{demo}", "{tmp}/out", "--group-size", "48"], "`group_size` is 48"),
-    "no device": (["quantize", "{demo}", "{tmp}/out", "--device", "cuda:99"], "cannot be used"),
-    "no text": (["eval", "{quantized}", "--text", "{tmp}/none.txt"], "is no text file"),
-    "window beyond context": (
-        ["eval", "{quantized}", "--window", "4096"],
-        "context is 2048 tokens",
-    ),
-    "empty text": (["eval", "{quantized}", "--text", "{tmp}/empty.txt"], "The text has 0 tokens"),
-    "no task": (["eval", "{quantized}", "--tasks", "{tmp}/none.jsonl"], "is no task file"),
-    "plot to nowhere": (["eval", "{quantized}", "--plot", "{tmp}/no/p.png"], "is not a folder"),
-    "plot of no kind": (["eval", "{quantized}", "--plot", "{tmp}/p.xyz"], "has suffix '.xyz'"),
-    "no tokens": (["generate", "{quantized}", "x", "--max-new-tokens", "0"], "expected at least 1"),
-    "empty prompt": (["generate", "{quantized}", ""], "The prompt is empty"),
-    "negative temperature": (
-        ["generate", "{quantized}", "x", "--temperature", "-1"],
-        "expected 0 or",
-    ),
-    "dense without need": (["inspect", "{demo}", "--dense", "{demo}"], "is not quantised"),
-    "convert of ours": (["convert", "{quantized}", "{tmp}/out"], "is a FLUTE checkpoint already"),
-    "convert of dense": (["convert", "{demo}", "{tmp}/out"], "is not quantised"),
-}
-
-
-@pytest.mark.parametrize("case", FAILURES)
-def test_failures_are_one_line_and_exit_code_1(case, quantized, tmp_path, capsys):
-    (tmp_path / "something").write_text("here")
-    (tmp_path / "empty.txt").write_text("")
-    argv, message = FAILURES[case]
-    places = {"tmp": tmp_path, "demo": DEMO_MODEL, "quantized": quantized}
-    code = main([word.format(**places) for word in argv])
-    error = capsys.readouterr().err
-    assert code == 1
-    assert message in error
-    lines = [line for line in error.splitlines() if line.strip()]
-    assert lines[-1].startswith("error: ")
-    assert "Traceback" not in error
-    assert not (tmp_path / "out").exists()
-
-
-def test_generate_without_tokenizer_says_what_to_copy(tmp_path, capsys):
-    save_tiny(tmp_path / "model")
-    assert main(["generate", str(tmp_path / "model"), "hello"]) == 1
-    assert "Copy the tokenizer's files" in capsys.readouterr().err
-
-
-def test_a_newer_format_is_refused(quantized, tmp_path, capsys):
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for name, content in folder_bytes(quantized).items():
-        (copy / name).write_bytes(content)
-    config = json.loads((copy / "config.json").read_text())["quantization_config"]
-    edit_json(copy / "config.json", quantization_config={**config, "format_version": 2})
-    for argv in (["inspect", copy], ["generate", copy, "hello"], ["eval", copy]):
-        assert main([*map(str, argv)]) == 1
-        assert "format version 2; this package reads up to 1" in capsys.readouterr().err
-
-
-def test_wrong_arguments_exit_with_2(capsys):
-    for argv in ([], ["quantize"], ["quantize", "a", "b", "--bits", "5"], ["nonsense"]):
-        with pytest.raises(SystemExit) as error:
-            main(argv)
-        assert error.value.code == 2
-    assert "invalid choice" in capsys.readouterr().err
-
-
-def test_interrupt_exits_with_130(monkeypatch, capsys):
-    def interrupt(*_args, **_options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("flute.stream.quantize_checkpoint", interrupt)
-    assert main(["quantize", "a", "b"]) == 130
-    assert "Interrupted" in capsys.readouterr().err
 
 
 def test_every_command_teaches_by_example(capsys):

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
@@ -41,11 +42,26 @@ def test_readme_examples_run(tmp_path, monkeypatch):
     assert namespace["out"].shape == (5, 128)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"])
+def anchors(document: Path) -> set[str]:
+    """The anchors of a Markdown file's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings}
+
+
+DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"]
+DOCUMENTS += ["docs/measurements.md", "docs/methods.md", "docs/serving.md"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_files_named_in_the_documents_exist(document):
     text = (ROOT / document).read_text()
-    names = re.findall(r"\]\(([\w./-]+)\)", text)
-    names += re.findall(r"`((?:flute|tests|benchmarks|examples)/[\w./-]+)`", text)
-    assert names
+    folder = (ROOT / document).parent
+    links = re.findall(r"\]\(([\w./-]*)(?:#([\w-]+))?\)", text)
+    for name, anchor in links:
+        target = folder / name if name else ROOT / document
+        assert target.exists(), name
+        assert not anchor or anchor in anchors(target), f"{name}#{anchor}"
+    names = re.findall(r"`((?:flute|tests|benchmarks|examples)/[\w./-]+)`", text)
+    assert names or links
     for name in names:
         assert (ROOT / name).exists(), name

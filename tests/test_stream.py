@@ -23,6 +23,7 @@ from helpers import (
     python,
     run_python,
     save_tiny,
+    saved_tensors,
     tiny_model,
 )
 from safetensors.torch import load_file, save_file
@@ -35,10 +36,6 @@ from flute.model import QuantizeOptions, quantize_model
 from flute.stream import find_source, plan_checkpoint, quantize_checkpoint
 
 FAST = QuantizeOptions(4, 32, method="nf")
-
-
-def loaded(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: t for path in folder.glob("*.safetensors") for k, t in load_file(path).items()}
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -89,9 +86,9 @@ def test_disk_and_memory_give_the_same_bits(
 ):
     monkeypatch.setattr(stream, "_BLOCK_WEIGHTS", block)
     model = save_tiny(tmp_path / "source", kind, shard=shard, dtype=dtype)
-    dense = loaded(tmp_path / "source")
+    dense = saved_tensors(tmp_path / "source")
     plan = quantize_checkpoint(tmp_path / "source", tmp_path / "out", options)
-    written = loaded(tmp_path / "out")
+    written = saved_tensors(tmp_path / "out")
     in_memory = quantize_model(
         model,
         options.num_bits,
@@ -124,7 +121,7 @@ def test_tables_per_row(tmp_path, monkeypatch):
         tmp_path / "source", tmp_path / "out", QuantizeOptions(table=table, skip=skip)
     )
     quantize_model(model, table=table, skip=skip)
-    written = loaded(tmp_path / "out")
+    written = saved_tensors(tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["table_scope"] == "row"
     for name in ("model.layers.0.mlp.gate_proj", "model.layers.1.mlp.up_proj"):
@@ -137,7 +134,7 @@ def test_rows_that_need_a_smaller_group(tmp_path):
     save_tiny(tmp_path / "source", intermediate_size=96)
     with pytest.warns(UserWarning, match=r"`model\.layers\.0\.mlp\.down_proj` \(K=96: 32\)"):
         quantize_checkpoint(tmp_path / "source", tmp_path / "out", QuantizeOptions())
-    written = loaded(tmp_path / "out")
+    written = saved_tensors(tmp_path / "out")
     assert written["model.layers.0.mlp.down_proj.scales"].shape == (64, 3)
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["overrides"]["model.layers.1.mlp.down_proj"] == {"group_size": 32}
@@ -163,7 +160,7 @@ def test_config_and_card_and_side_files(source, tmp_path):
 def test_heads_and_embeddings_are_copied(tmp_path, tied):
     save_tiny(tmp_path / "source", tie_word_embeddings=tied)
     quantize_checkpoint(tmp_path / "source", tmp_path / "out", FAST)
-    before, after = loaded(tmp_path / "source"), loaded(tmp_path / "out")
+    before, after = saved_tensors(tmp_path / "source"), saved_tensors(tmp_path / "out")
     assert ("lm_head.weight" in before) is not tied
     for name in set(before) & {"lm_head.weight", "model.embed_tokens.weight"}:
         assert same(after[name], before[name])
@@ -185,7 +182,7 @@ def test_a_checkpoint_of_the_base_model(source, tmp_path, architecture):
     edit_json(source / "config.json", architectures=[architecture] if architecture else None)
     plan = quantize_checkpoint(source, out, FAST)
     assert len(plan.layers) == 14
-    written, expected = loaded(out), without_prefix(loaded(prefixed))
+    written, expected = saved_tensors(out), without_prefix(saved_tensors(prefixed))
     assert set(written) == set(expected) - ({"lm_head.weight"} - set(tensors))
     for name, tensor in written.items():
         assert same(tensor, expected[name])
@@ -453,10 +450,10 @@ def test_a_missing_tensor(source, tmp_path, name):
 def test_a_tied_head_may_be_stored_under_either_name(tmp_path):
     source = tmp_path / "source"
     save_tiny(source, tie_word_embeddings=True)
-    embedding = loaded(source)["model.embed_tokens.weight"]
+    embedding = saved_tensors(source)["model.embed_tokens.weight"]
     edit_tensors(source, {"model.embed_tokens.weight": None, "lm_head.weight": embedding})
     quantize_checkpoint(source, tmp_path / "out", FAST)
-    assert same(loaded(tmp_path / "out")["lm_head.weight"], embedding)
+    assert same(saved_tensors(tmp_path / "out")["lm_head.weight"], embedding)
 
 
 @pytest.mark.parametrize(
@@ -485,7 +482,7 @@ def test_nan_in_a_linear_weight_is_named_with_its_place(
     """Blocks of 10 rows: the place is that in the whole tensor."""
     monkeypatch.setattr(stream, "_BLOCK_WEIGHTS", 640)
     name = "model.layers.1.self_attn.o_proj.weight"
-    weight = loaded(source)[name].clone()
+    weight = saved_tensors(source)[name].clone()
     weight[position] = value
     edit_tensors(source, {name: weight})
     message = re.escape(
@@ -507,7 +504,7 @@ def test_nan_in_a_dense_tensor_is_named_with_its_place(
 ):
     blocks = CheckpointReader.blocks
     monkeypatch.setattr(CheckpointReader, "blocks", lambda self, name: blocks(self, name, 1280))
-    tensor = loaded(source)[name].clone()
+    tensor = saved_tensors(source)[name].clone()
     tensor[position] = torch.nan
     edit_tensors(source, {name: tensor})
     message = re.escape(f"`{name}` holds NaN or Inf (1 found), the first (nan) at {place}.")
@@ -516,7 +513,7 @@ def test_nan_in_a_dense_tensor_is_named_with_its_place(
 
 def test_a_repaired_source_is_accepted_at_once(source, tmp_path):
     name = "model.layers.1.self_attn.o_proj.weight"
-    weight = loaded(source)[name].clone()
+    weight = saved_tensors(source)[name].clone()
     broken = weight.clone()
     broken[0, 0] = torch.nan
     edit_tensors(source, {name: broken})
@@ -562,7 +559,7 @@ def test_scales_out_of_range_are_named(tmp_path):
     source = tmp_path / "source"
     save_tiny(source, dtype=torch.float32)
     name = "model.layers.0.mlp.up_proj.weight"
-    edit_tensors(source, {name: loaded(source)[name] * 1e9})
+    edit_tensors(source, {name: saved_tensors(source)[name] * 1e9})
     message = re.escape(f"`{name}`: A group needs the scale")
     options = QuantizeOptions(4, 32, method="nf", scale_dtype="float16")
     refused(FormatError, source, tmp_path / "out", message, options)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from flute import __version__
 from flute.cli import convert, doctor, evaluate, generate, inspect, quantize, serve, tune
@@ -33,9 +34,17 @@ MODEL is a folder with config.json and safetensors, or a name on the Hugging Fac
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that tells a wrong argument in one line, and where the right ones stand."""
+
+    def error(self, message: str) -> NoReturn:
+        report_error(f"{message}. `{self.prog} --help` shows what it takes.")
+        raise SystemExit(2)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="flute",
         description="Lookup-table quantised language models: weight = table[code] * scale.",
         epilog=_EPILOG,
@@ -55,6 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
     except FluteError as error:
         report_error(str(error))
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        report_error(
+            f"{str(error).partition('. ')[0] or 'Out of memory'}. Take a smaller model or fewer "
+            "tokens at once (`--window`, `--sequence`), end what else runs there, or try "
+            "`--device cpu`."
+        )
         return 1
     except KeyboardInterrupt:
         report_error("Interrupted.")

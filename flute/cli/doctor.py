@@ -6,10 +6,13 @@ import argparse
 import os
 import platform
 import shutil
+import tempfile
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
 from flute.console import add_json, megabytes, print_json, print_table
+from flute.errors import FluteError, UnsupportedProblemError
 
 _PACKAGES = (
     "torch",
@@ -61,6 +64,17 @@ def examine() -> dict[str, Any]:
     from flute.cpu import library
     from flute.ops import path_of
 
+    problems = _problems()
+
+    def told(look: Callable[..., str], *args: Any) -> str:
+        """Return what a look at this machine tells; a failure is a problem, told once."""
+        try:
+            return look(*args)
+        except FluteError as error:
+            if str(error) not in problems:
+                problems.append(str(error))
+            return "see the problems"
+
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     machine = {
         "flute": __version__,
@@ -68,7 +82,7 @@ def examine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} used by torch, "
         f"{torch.backends.cpu.get_cpu_capability()}",
-        "cpu kernels": library.describe(),
+        "cpu kernels": told(library.describe),
         "memory": megabytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         if hasattr(os, "sysconf")
         else "unknown",
@@ -86,15 +100,17 @@ def examine() -> dict[str, Any]:
             else ("this torch is built for the CPU")
         )
         machine["gpu"] = f"none seen ({built})"
+    machine["kernel cache"] = told(_cache)
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(len(gpus)))]
+    dtypes = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32")}
     paths = [
-        {"device": str(device), "dtype": name, "path": path_of(device, getattr(torch, name))}
+        {"device": str(device), "dtype": name, "path": told(path_of, device, dtype)}
         for device in devices
-        for name in ("float16", "bfloat16", "float32")
+        for name, dtype in dtypes.items()
     ]
     packages = {name: _version(name) or "not installed" for name in _PACKAGES}
     packages["torch"] = torch.__version__  # says which build it is
-    return {"machine": machine, "packages": packages, "paths": paths, "problems": _problems()}
+    return {"machine": machine, "packages": packages, "paths": paths, "problems": problems}
 
 
 def _version(package: str) -> str | None:
@@ -102,6 +118,26 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _cache() -> str:
+    """Return the folder of compiled kernels and tuned plans.
+
+    Raises:
+        UnsupportedProblemError: nothing can be written there.
+    """
+    from flute.jit.cache import ENVIRONMENT, default_folder
+
+    folder = default_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return str(folder)
+    except OSError as error:
+        raise UnsupportedProblemError(
+            f"`{folder}`, where compiled kernels are kept, cannot be written ({error.strerror}): "
+            f"they are compiled in every process. Set {ENVIRONMENT} to a folder that can."
+        ) from error
 
 
 def _problems() -> list[str]:

@@ -10,6 +10,7 @@ from flute.console import (
     Bar,
     add_device,
     add_json,
+    check_at_least,
     megabytes,
     pick_device,
     print_json,
@@ -100,8 +101,12 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate each model and print them side by side."""
+    from flute.cli.loading import find_model
     from flute.evaluate import EvaluationError, read_text
 
+    check_at_least("--window", args.window, 2)
+    check_at_least("--max-tokens", args.max_tokens, 2)
+    check_at_least("--task-limit", args.task_limit, 1)
     if args.plot:
         from flute.plot import check_plotting
 
@@ -113,6 +118,8 @@ def run(args: argparse.Namespace) -> int:
     paths = list(args.models)
     if args.reference:
         paths = [args.reference, *(path for path in paths if path != args.reference)]
+    for path in paths:
+        find_model(path)  # before the first is measured
     reference: dict[str, Any] = {}
     records: list[dict[str, Any]] = []
     first = None
@@ -126,13 +133,13 @@ def run(args: argparse.Namespace) -> int:
         else:
             record["excess_loss"], record["excess_loss_error"] = result.excess(first)
         records.append(record)
-    if args.plot:
-        _plot(records, args)
     if args.json:
         content = {"text": str(args.text), "protocol": _PROTOCOL, "reference": args.reference}
         print_json({**content, "results": records})
-        return 0
-    _print(records, args)
+    else:
+        _print(records, args)
+    if args.plot:  # last: what was measured is told even if it cannot be drawn
+        _plot(records, args)
     return 0
 
 
@@ -157,13 +164,12 @@ def _evaluate(
 ) -> tuple[dict[str, Any], Any]:
     """Measure one model; the reference, which comes first, is left in ``reference``."""
     from flute.checkpoint import CheckpointReader
-    from flute.cli.loading import load_model, load_tokenizer
+    from flute.cli.loading import find_model, load_model, load_tokenizer
     from flute.divergence import divergence
     from flute.evaluate import default_window, perplexity, to_windows
-    from flute.stream import find_source
 
     tokenizer = load_tokenizer(path)
-    reader = CheckpointReader(find_source(path))
+    reader = CheckpointReader(find_model(path))
     model = load_model(path, device)
     window = args.window or reference.get("window") or default_window(model)
     windows = to_windows(text, tokenizer, window, args.max_tokens)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flute.console import (
     add_device,
     add_json,
+    check_at_least,
     pick_device,
     print_json,
     quiet_transformers,
     report,
+    seed,
 )
 from flute.errors import FormatError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _EPILOG = """\
 examples:
@@ -40,7 +46,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the sampling (default 0)")
     add_device(parser, "run")
     add_json(parser)
     parser.set_defaults(run=run)
@@ -48,9 +54,8 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate and print."""
-    if args.max_new_tokens < 1:
-        raise FormatError(f"`--max-new-tokens` is {args.max_new_tokens}; expected at least 1.")
-    if args.temperature < 0:
+    check_at_least("--max-new-tokens", args.max_new_tokens, 1)
+    if not 0 <= args.temperature < math.inf:
         raise FormatError(f"`--temperature` is {args.temperature}; expected 0 or more.")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     quiet_transformers()
@@ -64,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if not inputs.input_ids.shape[1]:
         raise FormatError("The prompt is empty; expected at least one token.")
+    max_new_tokens = _room(model, inputs.input_ids, args.max_new_tokens)
     sampling: dict[str, Any] = {"do_sample": False}
     if args.temperature > 0:
         torch.manual_seed(args.seed)
@@ -72,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     output = model.generate(
         input_ids=inputs.input_ids,
         attention_mask=inputs.attention_mask,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
         streamer=None if args.json else TextStreamer(tokenizer, skip_special_tokens=True),
         **sampling,
@@ -85,3 +91,32 @@ def run(args: argparse.Namespace) -> int:
     else:
         report(f"{count} tokens, {count / seconds:.1f} per second")
     return 0
+
+
+def _room(model: Any, ids: Tensor, wanted: int) -> int:
+    """Return how many tokens can follow a prompt: ``wanted``, or what its context leaves.
+
+    Args:
+        model: a transformers model.
+        ids: the prompt, int64, shape (1, tokens).
+        wanted: `--max-new-tokens`.
+
+    Raises:
+        FormatError: the prompt fills the context, or is none of the model's tokens.
+    """
+    from flute.evaluate import context_of
+
+    vocabulary, context, have = model.config.vocab_size, context_of(model), ids.shape[1]
+    if int(ids.max()) >= vocabulary:
+        raise FormatError(
+            f"The tokenizer gives id {int(ids.max())}; the model knows {vocabulary} tokens: they "
+            "do not belong together."
+        )
+    if context is None or have + wanted <= context:
+        return wanted
+    if have >= context:
+        raise FormatError(
+            f"The prompt has {have} tokens; the model's context is {context}. Shorten the prompt."
+        )
+    report(f"The model's context is {context} tokens: at most {context - have} follow the prompt.")
+    return context - have

@@ -134,6 +134,12 @@ def _error(
     name = f"{layer}.weight"
     if name not in dense.names:
         raise FormatError(f"`{dense.directory}` has no `{name}`: it is another model.")
+    shape = reader.shape(f"{layer}.codes")[0], K
+    if dense.shape(name) != shape:
+        raise FormatError(
+            f"`{name}` has shape {dense.shape(name)} in `{dense.directory}`, and {shape} in "
+            f"`{reader.directory}`: it is another model."
+        )
     codes, scales, table = (reader.tensor(f"{layer}.{part}") for part in TENSOR_NAMES)
     packed = PackedWeight(codes, scales, table, spec, codes.shape[0], K)
     return relative_error(dense.tensor(name), dequantize_packed(packed, torch.float32))

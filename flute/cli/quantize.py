@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -15,10 +16,12 @@ from flute.console import (
     Bar,
     add_device,
     add_json,
+    group_size,
     megabytes,
     pick_device,
     print_json,
     print_table,
+    seed,
     show_warnings_plainly,
 )
 from flute.format import NUM_BITS, SCALE_DTYPES, WHOLE_ROW, CheckpointConfig
@@ -81,7 +84,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--group-size",
-        type=_group_size,
+        type=group_size,
         default=64,
         metavar="N",
         help="weights per scale: 32, 64, 128, 256 or row (default 64); smaller is more accurate "
@@ -117,7 +120,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--head-group-size",
-        type=_group_size,
+        type=group_size,
         metavar="N",
         help="weights per scale of the head (default: as --group-size; 64 or 32 is sane)",
     )
@@ -145,7 +148,7 @@ def add_parser(commands: Any) -> None:
         help=f"tokens per window (default {SEQUENCE}); fewer take less memory",
     )
     calibration.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="which pieces of the text (default 0)"
+        "--seed", type=seed, default=0, metavar="N", help="which pieces of the text (default 0)"
     )
     calibration.add_argument(
         "--guided",
@@ -200,7 +203,12 @@ def add_parser(commands: Any) -> None:
 
 
 def _bits(text: str) -> int | float:
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number; expected 2, 3, 4 or 3.25")
     if number != int(number) and not NUM_BITS[0] < number < NUM_BITS[-1]:
         raise argparse.ArgumentTypeError(f"{text} is not between {NUM_BITS[0]} and {NUM_BITS[-1]}")
     if number == int(number) and int(number) not in NUM_BITS:
@@ -226,10 +234,6 @@ def _head_row(plan: ModelPlan) -> list[list[str]]:
     group = "row" if spec.group_size == WHOLE_ROW else spec.group_size
     method = head_config(plan.config).method
     return [[f"head: {plan.head}", f"{N} x {K}, {spec.num_bits} bits, {group}, {method}"]]
-
-
-def _group_size(text: str) -> int:
-    return WHOLE_ROW if text == "row" else int(text)
 
 
 def _learn_options(args: argparse.Namespace) -> LearnOptions | None:

@@ -14,7 +14,6 @@ from typing import Any
 from flute.cli.loading import load_tokenizer
 from flute.console import add_device, pick_device, quiet_transformers, report
 from flute.errors import CheckpointError, UnsupportedProblemError
-from flute.stream import find_source
 
 _NEEDED = ("fastapi", "openai", "pydantic", "uvicorn")
 _EPILOG = """\
@@ -56,7 +55,6 @@ def run(args: argparse.Namespace) -> int:
         )
     if "@" in args.model:
         raise CheckpointError(f"`{args.model}`: `@` stands for a revision. Rename the folder.")
-    find_source(args.model)
     if getattr(load_tokenizer(args.model), "chat_template", None) is None:
         report("Its tokenizer has no chat template: /v1/chat/completions will fail.")
     _check_port(args.host, args.port)

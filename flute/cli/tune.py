@@ -14,13 +14,14 @@ from flute.console import (
     Bar,
     add_device,
     add_json,
+    group_size,
     pick_device,
     print_json,
     report,
     show_warnings_plainly,
 )
 from flute.errors import CheckpointError, FormatError
-from flute.format import NUM_BITS, SCALE_DTYPES, WHOLE_ROW
+from flute.format import NUM_BITS, SCALE_DTYPES
 
 if TYPE_CHECKING:
     from flute.config import Problem
@@ -78,7 +79,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--group-size",
         nargs="+",
-        type=_group_size,
+        type=group_size,
         default=[64],
         metavar="N",
         help="weights per scale: 32, 64, 128, 256 or row (default 64)",
@@ -134,10 +135,6 @@ def _family(text: str) -> str:
             f"{text!r} is unknown; expected all, or one of {', '.join(model_shapes.MODELS)}"
         )
     return text
-
-
-def _group_size(text: str) -> int:
-    return WHOLE_ROW if text == "row" else int(text)
 
 
 def _tokens(text: str) -> range:

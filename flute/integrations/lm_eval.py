@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from flute.errors import UnsupportedProblemError
-from flute.evaluate import EvaluationError
+from flute.evaluate import EvaluationError, context_of
 
 METRICS = ("acc", "acc_norm", "exact_match", "word_perplexity", "perplexity")
 """Metrics in order of interest; a task's first is the one shown in tables and plots."""
@@ -194,7 +194,7 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_of(model)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells of every default it takes
     wrapped = HFLM(
         pretrained=model, tokenizer=tokenizer, batch_size=_BATCH_SIZE, max_length=context
