@@ -140,6 +140,13 @@ def _preferred(problem: Problem, gpu: Gpu) -> list[Changes]:
         found = _short_rows(num_bits, tiles_per_sm, m)
         if found:
             return found
+    mixed = {"register_steps": 1, "wide_table": True} if num_bits == 3 and m <= 4 else {}
+    if m > 1 and 1 < tiles_per_sm < 2.5 and k > 8192 and tested and not tight:
+        # 4096 x 14336, 3 bits, M = 2 / 4 / 8: 10.4 / 11.5 / 13.3 us, as below 11.7 / 12.3 / 13.6.
+        long = {**wide, "panel": 4, "tiles": 2, "stages": 2}
+        shared = [(1, {**long, "part": 4, **(mixed if m <= 2 else {})})]
+        streamed = [(1, {**long, "part": 2, "x_source": "streamed"})]
+        return shared + streamed if m <= {4: 1, 3: 4, 2: 2}[num_bits] else streamed
     if m > 1 and tiles_per_sm < 2.5:
         # One tile block: x comes a round ahead of its use, and is never read again.
         return [
@@ -179,24 +186,21 @@ def _preferred(problem: Problem, gpu: Gpu) -> list[Changes]:
         "stages": 2,
         **kept,
     }
-    if 4096 < k <= 8192 and not tight and (tiles_per_sm > 20 or num_bits == 2):
-        eight = {**wide, "panel": 8, "part": 2, "stages": 2, **kept}
-        if num_bits == 3 and m == 1:
-            eight |= {"register_steps": 1, "wide_table": True}
+    narrow_rows = tiles_per_sm > 4.5 and num_bits == 3 and m <= 2
+    if 4096 < k <= 8192 and not tight and (tiles_per_sm > 20 or num_bits == 2 or narrow_rows):
+        eight = {**wide, "panel": 8, "part": 2, "stages": 2, **kept, **mixed}
         return [(1, {**eight, "tiles": 2 if num_bits == 4 else 4}), (1, long_kept)]
-    if m == 1:
-        return [
-            (
-                1,
-                {
-                    **wide,
-                    "panel": 4,
-                    "part": 2 if 0 < group_size < 128 else 4,
-                    "tiles": 7 if tiles_per_sm > 8 else tiles,
-                    "stages": 2,
-                },
-            )
-        ]
+    mixes = mixed and tested and not tight and k > 4096 and tiles_per_sm < 4.5
+    if m == 1 or (mixes and k <= 8192):
+        shared = {
+            **wide,
+            "panel": 4,
+            "part": 2 if 0 < group_size < 128 else 4,
+            "tiles": 7 if tiles_per_sm > 8 else tiles,
+            "stages": 2,
+        }
+        # 8192 x 8192, M = 1 / 2 / 4: 10.3 / 10.5 / 11.1 us, not mixed 10.4 / 10.8 / 11.6.
+        return [(1, {**shared, **mixed}), (1, shared)] if mixes else [(1, shared)]
     if tiles_per_sm < 4.5 and k > 4096:
         streamed = {**long_kept, "x_rounds": 1, "x_source": "streamed"}
         if group_size == 64 and num_bits == 4:  # two tiles spill 8 bytes

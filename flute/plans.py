@@ -1,7 +1,8 @@
 """The dispatcher: every way to multiply, and the one to use where nothing was tuned.
 
     tokens     1 .. 8           9 .. about 2048            more
-    sm_90      decode kernel    batch kernel (wgmma)       batch kernel, about 2048 at a time
+    sm_90      decode kernel    batch kernel (wgmma)       batch kernel, about 2048 at a time;
+                                                           8192 and more of short rows: dense
     others     decode kernel    mma kernel                 dense: dequantise slices, torch's matmul
 
 A short product of up to 16 tokens is decoded too: there the other kernels' start counts. On sm_90
@@ -30,6 +31,11 @@ comes from memory: 57344 x 8192, 4 bits, 2,048 tokens .97 of cuBLAS's speed, 4,0
 16,384 .83 (H200, 2026-11-22)."""
 MAX_MMA_M = 2048
 """The same for the mma kernel, of GPUs that were not measured."""
+_MANY, _MANY_K = 8192, 4096
+"""From so many tokens on, products of so short rows are dequantised: 28672 x 4096, 8,192 tokens .92
+of cuBLAS's speed instead of .91, 16,384 tokens .95 instead of .90. Not of longer ones: 57344 x 8192
+.93 and .94 instead of .95 and .94, 8192 x 28672 .94 and .92 instead of 1.04 and 1.02 (4 bits, H200,
+2026-11-22)."""
 _TINY = 5e6
 """Weights of a product of which 256 tokens and more are faster dequantised and multiplied by torch
 (1024 x 4096, H200)."""
@@ -91,7 +97,10 @@ def plans_of(problem: Problem, gpu: Gpu) -> list[AnyPlan]:
     if problem.n * problem.k <= _TINY or (m > MAX_MMA_M and gpu.arch != "sm_90a"):
         return [*slices, *batched]
     slab = slab_tokens(m, problem.k)
-    return [*([SplitPlan(slab)] if slab < m else []), *batched, *slices]
+    slabs: list[AnyPlan] = [SplitPlan(slab)] if slab < m else []
+    if m >= _MANY and problem.k <= _MANY_K:
+        return [*slices, *slabs, *batched]
+    return [*slabs, *batched, *slices]
 
 
 def slab_tokens(m: int, k: int) -> int:

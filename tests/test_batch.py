@@ -125,3 +125,14 @@ def test_many_tokens_are_launched_in_equal_slabs(k):
         launches = -(-m // tokens)
         assert launches == 1 or m > 2500
         assert slab_tokens(tokens, k) == tokens
+
+
+def test_very_many_tokens_of_short_rows_are_dequantised():
+    """Where a batch kernel's start and end are a large share of each unit."""
+
+    def default(m, k):
+        return default_plan(Problem(4, 128, "float16", "float16", False, m, 28672, k), GPU)
+
+    assert [default(m, 4096) for m in (8192, 16384)] == [DensePlan()] * 2
+    assert not isinstance(default(4096, 4096), DensePlan)
+    assert isinstance(default(16384, 8192), SplitPlan)

@@ -40,7 +40,10 @@ def test_the_heuristics_plan_comes_first_and_every_way_is_tried():
     assert isinstance(many[0], BatchPlan)
     assert DensePlan() in many
     many = plans_to_time(PROBLEM._replace(m=20000), GPU)
-    assert many[0] == SplitPlan(5120)
+    assert many[0] == DensePlan()
+    assert SplitPlan(5120) in many
+    many = plans_to_time(PROBLEM._replace(m=20000, k=8192), GPU)
+    assert many[0] == SplitPlan(2560)
     assert DensePlan() in many
     many = plans_to_time(PROBLEM._replace(m=512), GPU)
     assert plans_to_time(PROBLEM, GPU, top=3) == few[:3]
