@@ -118,9 +118,14 @@ def markdown(records: Sequence[Record], model: str, text: str, group: int = TABL
 
 
 def tables(records: Sequence[Record]) -> str:
-    """Return the table of each model and text."""
-    pairs = dict.fromkeys((r["model"], r["text"]) for r in records)
-    return "\n\n".join(markdown(records, model, text) for model, text in pairs) + "\n"
+    """Return the table of each model, text and group size; the usual group size first."""
+    found = []
+    for model, text in dict.fromkeys((r["model"], r["text"]) for r in records):
+        here = [r for r in records if (r["model"], r["text"], r["kind"]) == (model, text, "method")]
+        groups = sorted({r["group"] for r in here}, key=lambda g: (g != TABLE_GROUP, g))
+        found += [(group, markdown(records, model, text, group)) for group in groups]
+    found.sort(key=lambda pair: pair[0] != TABLE_GROUP)  # stable
+    return "\n\n".join(text for _, text in found) + "\n"
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
