@@ -169,18 +169,19 @@ def _most_clusters(cluster: int, num_sms: int) -> int:
     return int(num_sms * share) // cluster
 
 
-# Model of a kernel's time (H200, 4 bits, fp16, group 128, 2026-11-22): microseconds that 1,000 k of
-# 64 rows take with all warpgroups busy, by tokens; and what 1, 2, ... busy ones take of that.
-_UNIT_US = {8: 1.13, 16: 1.18, 24: 1.3, 32: 1.42, 48: 1.66, 64: 1.9} | {
-    96: 2.6,
-    128: 3.04,
-    192: 4.8,
-    256: 5.75,
+# Model of a kernel's time (H200, fp16, group 128, 2026-11-22; fitted to what `flute tune` timed on
+# eight shapes): microseconds that 1,000 k of 64 rows take with all warpgroups busy, by tokens; and
+# what 1, 2, ... busy ones take of that.
+_UNIT_US = {8: 1.13, 16: 1.18, 24: 1.3, 32: 1.42, 48: 2.0, 64: 1.95} | {
+    96: 2.59,
+    128: 3.2,
+    192: 4.46,
+    256: 5.99,
 }
-_SPLIT_K_US = {8: 1.25, 16: 1.32, 24: 1.55, 32: 1.8, 48: 2.2, 64: 2.55}  # all are always busy
-_BUSY = {4: (2.15, 2.64, 3.6, 4.0), 3: (1.6, 2.4, 3.3), 2: (1.3, 2.0)}
-_BUSY_WIDE = (1.5, 2.6, 3.3, 4.0)  # from 96 tokens on
-_CLUSTER_US = {1: (0.0, 0.0), 2: (2.0, 0.04), 4: (3.5, 0.05), 8: (6.0, 0.1)}  # and per token
+_SPLIT_K_US = {8: 1.25, 16: 1.32, 24: 1.55, 32: 1.8, 48: 2.12, 64: 2.355}  # all are always busy
+_BUSY = {4: (1.51, 2.26, 3.45, 4.0), 3: (1.4, 2.2, 3.61), 2: (1.23, 2.14)}
+_BUSY_WIDE = (1.63, 2.27, 3.51, 4.0)  # from 96 tokens on
+_CLUSTER_US = {1: (0.0, 0.0), 2: (2.74, 0.039), 4: (5.34, 0.08), 8: (6.0, 0.1)}  # and per token
 
 
 def predicted_us(plan: BatchPlan, m: int, n: int, k: int, gpu: Gpu) -> float:
