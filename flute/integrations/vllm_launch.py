@@ -19,9 +19,9 @@ from vllm.platforms import current_platform
 ENVIRONMENT = "FLUTE_VLLM_PDL"
 OPTION = "triton.enable_pdl"
 """Of inductor's config. vLLM hands it over when it compiles, and its cache's key contains it."""
-LOOKED_AT = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-"""Architectures whose kernels, as inductor generates them, were read for it: in their graphs each
-kernel that does not wait before all else comes after one that has let it start only then."""
+LOOKED_AT = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+"""Architectures in whose graphs each kernel of inductor's stands behind one that is not, or comes
+first, so that it waits before it reads or writes anything. Qwen3's norms of q and k do not."""
 
 
 def launch_dependently(made: Any, architectures: list[str] | None) -> None:

@@ -124,7 +124,8 @@ def test_other_architectures_need_to_ask(gpu, monkeypatch):
         return vllm_launch.OPTION in compilation.inductor_compile_config
 
     assert told(["LlamaForCausalLM"])
-    assert told(["Qwen3ForCausalLM"])
+    assert told(["Qwen2ForCausalLM"])
+    assert not told(["Qwen3ForCausalLM"])
     assert not told(["DeepseekV3ForCausalLM"])
     assert not told(None)
     monkeypatch.setenv(vllm_launch.ENVIRONMENT, "1")
