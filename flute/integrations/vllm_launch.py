@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from vllm.platforms import current_platform
 ENVIRONMENT = "FLUTE_VLLM_PDL"
 OPTION = "triton.enable_pdl"
 """Of inductor's config. vLLM hands it over when it compiles, and its cache's key contains it."""
+CHOICES = "inductor_choices_class"
+"""The same; a class of heuristics, here that of `flute.integrations.inductor_norms`."""
 LOOKED_AT = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 """Architectures in whose graphs each kernel of inductor's stands behind one that is not, or comes
 first, so that it waits before it reads or writes anything. Qwen3's norms of q and k do not."""
@@ -41,8 +44,15 @@ def launch_dependently(made: Any, architectures: list[str] | None) -> None:
         return
     # Why: kernels of a draft model, or of adapters, take part in the same chain and were not read.
     alone = made.speculative_config is None and made.lora_config is None
+    options = made.compilation_config.inductor_compile_config
     if asked == "1" or (alone and set(architectures or ()) & set(LOOKED_AT)):
-        made.compilation_config.inductor_compile_config.setdefault(OPTION, True)
+        options.setdefault(OPTION, True)
+    if options.get(OPTION) and hasattr(inductor, CHOICES):
+        try:
+            norms = import_module("flute.integrations.inductor_norms")
+        except ImportError:  # another torch: norms in two passes work too
+            return
+        options.setdefault(CHOICES, norms.OnePassNorms)
 
 
 def _is_possible() -> bool:
