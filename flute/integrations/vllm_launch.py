@@ -44,15 +44,8 @@ def launch_dependently(made: Any, architectures: list[str] | None) -> None:
         return
     # Why: kernels of a draft model, or of adapters, take part in the same chain and were not read.
     alone = made.speculative_config is None and made.lora_config is None
-    options = made.compilation_config.inductor_compile_config
     if asked == "1" or (alone and set(architectures or ()) & set(LOOKED_AT)):
-        options.setdefault(OPTION, True)
-    if options.get(OPTION) and hasattr(inductor, CHOICES):
-        try:
-            norms = import_module("flute.integrations.inductor_norms")
-        except ImportError:  # another torch: norms in two passes work too
-            return
-        options.setdefault(CHOICES, norms.OnePassNorms)
+        made.compilation_config.inductor_compile_config.setdefault(OPTION, True)
 
 
 def _is_possible() -> bool:
@@ -62,3 +55,20 @@ def _is_possible() -> bool:
     found = current_platform.get_device_capability()
     is_new = found is not None and (found.major, found.minor) >= (9, 0)
     return is_new and hasattr(inductor.triton, "enable_pdl")
+
+
+def take_one_pass(made: Any) -> None:
+    """Let norms take one pass where kernels launch dependently; never raises.
+
+    Args:
+        made: as for `launch_dependently`, after it.
+    """
+    options = made.compilation_config.inductor_compile_config if made else {}
+    if os.environ.get(ENVIRONMENT) == "0" or not options.get(OPTION) or not _is_possible():
+        return
+    try:
+        norms = import_module("flute.integrations.inductor_norms")
+    except ImportError:  # another torch; norms in two passes work too
+        return
+    if hasattr(inductor, CHOICES):
+        options.setdefault(CHOICES, norms.OnePassNorms)

@@ -189,6 +189,7 @@ def test_other_architectures_need_to_ask(gpu, monkeypatch):
     monkeypatch.setenv(vllm_launch.ENVIRONMENT, "1")
     assert told(["DeepseekV3ForCausalLM"])
     vllm_launch.launch_dependently(None, ["LlamaForCausalLM"])  # no VllmConfig was found
+    vllm_launch.take_one_pass(None)
 
 
 def test_another_value_is_told_and_not_heeded(quantised, gpu, monkeypatch):
