@@ -65,16 +65,11 @@ def test_the_option_is_inductors():
 def test_an_h200_s_kernels_launch_dependently_and_nothing_else_changes(quantised, gpu, monkeypatch):
     on = made(quantised)
     assert option(on) is True
-    assert option(on, vllm_launch.CHOICES) is inductor_norms.OnePassNorms
     monkeypatch.setenv(vllm_launch.ENVIRONMENT, "0")
     off = made(quantised)
     assert option(off) is None
-    assert option(off, vllm_launch.CHOICES) is None
     keys = (on.compilation_config.compute_hash(), off.compilation_config.compute_hash())
     assert keys[0] != keys[1]  # what was compiled with it is not taken for what was not
-    assert "OnePassNorms" in str(on.compilation_config)  # vLLM prints it
-    copy = pickle.loads(pickle.dumps(on.compilation_config))  # it gives it to its processes
-    assert copy.inductor_compile_config == on.compilation_config.inductor_compile_config
     for key in (vllm_launch.OPTION, vllm_launch.CHOICES):
         del on.compilation_config.inductor_compile_config[key]
     assert on.compilation_config == off.compilation_config
@@ -111,6 +106,16 @@ def test_what_the_user_says_of_the_option_stays(quantised, gpu, monkeypatch, ask
         said = {"inductor_compile_config": {vllm_launch.OPTION: own}}
         assert option(made(quantised, compilation_config=said)) is own
     assert (option(made(quantised)) is True) == expected
+
+
+def test_norms_take_one_pass_with_dependent_launches(quantised, gpu, monkeypatch):
+    on = made(quantised)
+    assert option(on, vllm_launch.CHOICES) is inductor_norms.OnePassNorms
+    assert "OnePassNorms" in str(on.compilation_config)  # vLLM prints it
+    copy = pickle.loads(pickle.dumps(on.compilation_config))  # it gives it to its processes
+    assert copy.inductor_compile_config == on.compilation_config.inductor_compile_config
+    monkeypatch.setenv(vllm_launch.ENVIRONMENT, "0")
+    assert option(made(quantised), vllm_launch.CHOICES) is None
 
 
 def test_choices_of_the_user_stay_and_need_dependent_launches(quantised, gpu):
