@@ -28,7 +28,7 @@ from flute.device import why_not_on
 from flute.errors import UnsupportedProblemError
 from flute.format import CheckpointConfig
 from flute.integrations.vllm_head import FluteHeadMethod, FluteOnlineHeadMethod
-from flute.integrations.vllm_launch import launch_dependently
+from flute.integrations.vllm_launch import launch_dependently, take_one_pass
 from flute.integrations.vllm_layers import (
     environment_request,
     is_quantized_head,
@@ -147,6 +147,7 @@ class FluteQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
                 cuts_experts=parallel is None or not parallel.enable_expert_parallel,
             )
         launch_dependently(made, getattr(hf_config, "architectures", None))
+        take_one_pass(made)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the layers that the config names as vLLM renames the model's."""

@@ -22,7 +22,6 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.utils import set_weight_attrs
 
-from flute.blockwise import quantize_weight
 from flute.concat import concat_weights
 from flute.errors import CheckpointError, FormatError, UnsupportedProblemError
 from flute.format import (
@@ -35,9 +34,9 @@ from flute.format import (
 from flute.groups import fit_groups
 from flute.integrations.expert_stack import Block, ExpertStack, asked_for, captured
 from flute.integrations.vllm_layers import Shard, cut_rows
+from flute.integrations.vllm_online import quantize_packed
 from flute.integrations.vllm_order import in_kernel_order
 from flute.model import QuantizeOptions
-from flute.pack import pack_codes
 from flute.precompile import compile_kernels, prepared_problem
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
@@ -374,15 +373,11 @@ class FluteOnlineExpertsMethod(FluteExpertsMethod):
             spec = self.specs[projection]
             config = replace(self.config, num_bits=spec.num_bits, group_size=spec.group_size)
             experts = [
-                [self._quantize(part, config) for part in weight.chunk(count)] for weight in dense
+                [quantize_packed(part, self.name, config, self.options) for part in w.chunk(count)]
+                for w in dense
             ]
             delattr(layer, f"{stem}_weight")
             self._finish(layer, stem, experts)
-
-    def _quantize(self, weight: Tensor, config: CheckpointConfig) -> PackedWeight:
-        done = quantize_weight(weight, self.name, config, self.options.table)
-        codes = pack_codes(done.codes, done.spec.num_bits)
-        return PackedWeight(codes, done.scales, done.table, done.spec, *done.shape)
 
 
 def expert_spec(config: CheckpointConfig, name: str, projections: Sequence[str]) -> QuantSpec:

@@ -8,19 +8,20 @@ codes and scales and fills the padding with zeros, whose logits are 0 and are cu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flute.blockwise import quantize_weight
 from flute.errors import UnsupportedProblemError
 from flute.format import CheckpointConfig, PackedWeight
 from flute.groups import head_group
+from flute.integrations.vllm_layers import Shard
 from flute.integrations.vllm_linear import FluteLinearMethod
+from flute.integrations.vllm_online import quantize_packed
 from flute.model import QuantizeOptions
-from flute.pack import pack_codes
 
 
 class FluteHeadMethod(FluteLinearMethod):
@@ -73,29 +74,20 @@ class FluteOnlineHeadMethod(FluteHeadMethod):
         self.is_tied = False
         super().__init__(name, self.config)
 
-    def create_weights(
-        self,
-        layer: nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        """Give a layer the dense weight of this rank; see the base class.
-
-        Raises:
-            FormatError: no group divides its rows.
-        """
-        group = head_group(self.name, (output_size, input_size), self.options.head_group)
-        dtype = self.options.dtype_of_scales([params_dtype])
-        self.config = replace(self.config, group_size=group, scale_dtype=dtype)
+    def _decide(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        """Take a group that divides the rows, and the dtype of scales that was asked for."""
+        group = head_group(self.name, shape, self.options.head_group)
+        scales = self.options.dtype_of_scales([dtype])
+        self.config = replace(self.config, group_size=group, scale_dtype=scales)
         self.spec = self.config.spec_of(self.name)
-        sizes, K = output_partition_sizes, input_size_per_partition
-        self._cut(layer, input_size, K, sizes, params_dtype)
-        weight = nn.Parameter(torch.empty(sum(sizes), K, dtype=params_dtype), requires_grad=False)
-        load = self._checked("weight", extra_weight_attrs["weight_loader"], input_size)
+
+    def _register(
+        self, layer: nn.Module, shard: Shard, K: int, loader: Callable[..., None]
+    ) -> None:
+        """Give a layer this rank's dense weight."""
+        data = torch.empty(sum(self.sizes), shard.K, dtype=self.dtype)
+        weight = nn.Parameter(data, requires_grad=False)
+        load = self._checked("weight", loader, K)
         axes = {"input_dim": 1, "output_dim": 0, "weight_loader": load}
         for key, value in axes.items():
             setattr(weight, key, value)
@@ -124,10 +116,8 @@ class FluteOnlineHeadMethod(FluteHeadMethod):
             self._check_complete()
         weight: Tensor = layer.weight.data
         N, filled = len(weight), layer.shard_indices.num_org_elements
-        name = self.parts[0]
-        done = quantize_weight(weight[:filled], name, self.config, self.options.table)
-        codes = pack_codes(done.codes, done.spec.num_bits)
-        codes, scales = _padded(codes, N), _padded(done.scales, N)
+        done = quantize_packed(weight[:filled], self.parts[0], self.config, self.options)
+        codes, scales = _padded(done.packed, N), _padded(done.scales, N)
         table = _padded(done.table, N) if len(done.table) > 1 else done.table
         del layer.weight
         self._finish(layer, [PackedWeight(codes, scales, table, done.spec, N, self.K)])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -21,9 +22,11 @@ from flute.launchers import EARLY_DEPENDENTS
 ENVIRONMENT = "FLUTE_VLLM_PDL"
 OPTION = "triton.enable_pdl"
 """Of inductor's config. vLLM hands it over when it compiles, and its cache's key contains it."""
-LOOKED_AT = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-"""Architectures whose kernels, as inductor generates them, were read for it: in their graphs each
-kernel that does not wait before all else comes after one that has let it start only then."""
+CHOICES = "inductor_choices_class"
+"""The same; a class of heuristics, here that of `flute.integrations.inductor_norms`."""
+LOOKED_AT = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+"""Architectures in whose graphs each kernel of inductor's stands behind one that is not, or comes
+first, so that it waits before it reads or writes anything. Qwen3's norms of q and k do not."""
 
 
 def launch_dependently(made: Any, architectures: list[str] | None) -> None:
@@ -57,3 +60,20 @@ def _is_possible() -> bool:
     found = current_platform.get_device_capability()
     is_new = found is not None and (found.major, found.minor) >= (9, 0)
     return is_new and hasattr(inductor.triton, "enable_pdl")
+
+
+def take_one_pass(made: Any) -> None:
+    """Let norms take one pass where kernels launch dependently; never raises.
+
+    Args:
+        made: as for `launch_dependently`, after it.
+    """
+    options = made.compilation_config.inductor_compile_config if made else {}
+    if os.environ.get(ENVIRONMENT) == "0" or not options.get(OPTION) or not _is_possible():
+        return
+    try:
+        norms = import_module("flute.integrations.inductor_norms")
+    except ImportError:  # another torch; norms in two passes work too
+        return
+    if hasattr(inductor, CHOICES):
+        options.setdefault(CHOICES, norms.OnePassNorms)

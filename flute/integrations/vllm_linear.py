@@ -94,11 +94,27 @@ class FluteLinearMethod(LinearMethodBase):  # type: ignore[misc]
             **extra_weight_attrs: has the `weight_loader`.
 
         Raises:
+            FormatError: a dense layer is to be quantised, and no group divides its rows.
             UnsupportedProblemError: the ranks' parts cut a group or a word.
         """
-        spec, sizes, K = self.spec, output_partition_sizes, input_size
-        shard = self._cut(layer, K, input_size_per_partition, sizes, params_dtype)
-        N, loader = sum(sizes), extra_weight_attrs["weight_loader"]
+        K, own_K = input_size, input_size_per_partition
+        self._decide((output_size, K), params_dtype)
+        shard = cut_rows(self.name, self.spec, K, K // own_K)
+        self.K, self.sizes, self.dtype = shard.K, tuple(output_partition_sizes), params_dtype
+        self._ids = (
+            ("q", "k", "v") if isinstance(layer, QKVParallelLinear) else range(len(self.sizes))
+        )
+        self._is_dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        self._register(layer, shard, K, extra_weight_attrs["weight_loader"])
+
+    def _decide(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        """Decide what a dense layer of all ranks' shape is quantised to; here the files say it."""
+
+    def _register(
+        self, layer: nn.Module, shard: Shard, K: int, loader: Callable[..., None]
+    ) -> None:
+        """Give a layer what is read: of rows of K weights on disk, this rank's shard."""
+        spec, N = self.spec, sum(self.sizes)
 
         def add(
             kind: type,
@@ -124,17 +140,8 @@ class FluteLinearMethod(LinearMethodBase):  # type: ignore[misc]
             rows = (N, entries)
             add(ChannelQuantScaleParameter, "table", rows, entries, torch.float32, output_dim=0)
         else:
-            add(PerTensorScaleParameter, "table", (len(sizes), entries), entries, torch.float32)
-
-    def _cut(
-        self, layer: nn.Module, K: int, own_K: int, sizes: list[int], dtype: torch.dtype
-    ) -> Shard:
-        """Remember what this rank holds of a layer of K input features; return its rows' sizes."""
-        shard = cut_rows(self.name, self.spec, K, K // own_K)
-        self.K, self.sizes, self.dtype = shard.K, tuple(sizes), dtype
-        self._ids = ("q", "k", "v") if isinstance(layer, QKVParallelLinear) else range(len(sizes))
-        self._is_dummy = get_current_vllm_config().load_config.load_format == "dummy"
-        return shard
+            tables = (len(self.sizes), entries)
+            add(PerTensorScaleParameter, "table", tables, entries, torch.float32)
 
     def _checked(self, key: str, loader: Callable[..., None], width: int) -> Callable[..., None]:
         """Return vLLM's loader of a tensor, which checks it first and remembers that it came.

@@ -1,13 +1,12 @@
-"""vLLM's linear layers of a dense checkpoint, quantised as soon as each is read."""
+"""vLLM's linear layers of a dense checkpoint, quantised as soon as each is read, and how."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from vllm.model_executor.layers.linear import register_weight_loader_v2_supported_method
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import ModelWeightParameter
@@ -15,6 +14,7 @@ from vllm.model_executor.parameter import ModelWeightParameter
 from flute.blockwise import quantize_weight
 from flute.format import CheckpointConfig, PackedWeight
 from flute.groups import fit_groups
+from flute.integrations.vllm_layers import Shard
 from flute.integrations.vllm_linear import FluteLinearMethod
 from flute.model import QuantizeOptions
 from flute.pack import pack_codes
@@ -42,35 +42,22 @@ class FluteOnlineLinearMethod(FluteLinearMethod):
         )
         super().__init__(name, parts, self.config.spec_of(name), self.config)
 
-    def create_weights(
-        self,
-        layer: nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        """Give a layer the dense weight of this rank, without memory yet; see the base class.
-
-        Raises:
-            FormatError: no group divides its rows.
-            UnsupportedProblemError: the ranks' parts cut a group or a word.
-        """
-        shape = (output_size, input_size)
+    def _decide(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        """Take a group that divides the rows, and the dtype of scales that was asked for."""
         fitted = fit_groups({self.name: shape}, self.options.group_size)
-        dtype = self.options.dtype_of_scales([params_dtype])
         overrides = dict.fromkeys(self.parts, fitted.get(self.name, {}))
-        self.config = replace(self.config, scale_dtype=dtype, overrides=overrides)
+        scales = self.options.dtype_of_scales([dtype])
+        self.config = replace(self.config, scale_dtype=scales, overrides=overrides)
         self.spec = self.config.spec_of(self.parts[0])
-        sizes, K = output_partition_sizes, input_size_per_partition
-        self._cut(layer, input_size, K, sizes, params_dtype)
-        load = self._checked("weight", extra_weight_attrs["weight_loader"], input_size)
-        weight = torch.empty(sum(sizes), K, dtype=params_dtype, device="meta")
-        axes = {"input_dim": 1, "output_dim": 0}
-        parameter = ModelWeightParameter(data=weight, weight_loader=load, **axes)
-        layer.register_parameter("weight", parameter)
+
+    def _register(
+        self, layer: nn.Module, shard: Shard, K: int, loader: Callable[..., None]
+    ) -> None:
+        """Give a layer this rank's dense weight, without memory yet."""
+        weight = torch.empty(sum(self.sizes), shard.K, dtype=self.dtype, device="meta")
+        load = self._checked("weight", loader, K)
+        axes = {"input_dim": 1, "output_dim": 0, "weight_loader": load}
+        layer.register_parameter("weight", ModelWeightParameter(data=weight, **axes))
         initialize_online_processing(layer)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -89,11 +76,28 @@ class FluteOnlineLinearMethod(FluteLinearMethod):
         self._check_complete()
         weight = layer.get_parameter("weight").data
         names = self.parts if len(self.parts) == len(self.sizes) else (self.name,) * len(self.sizes)
-        parts = []
-        for name, rows in zip(names, weight.split(list(self.sizes)), strict=True):
-            done = quantize_weight(rows, name, self.config, self.options.table)
-            codes = pack_codes(done.codes, done.spec.num_bits)
-            rest = (done.scales, done.table, done.spec, *done.shape)
-            parts.append(PackedWeight(codes, *rest))
+        parts = [
+            quantize_packed(rows, name, self.config, self.options)
+            for name, rows in zip(names, weight.split(list(self.sizes)), strict=True)
+        ]
         del layer.weight
         self._finish(layer, parts)
+
+
+def quantize_packed(
+    weight: Tensor, name: str, config: CheckpointConfig, options: QuantizeOptions
+) -> PackedWeight:
+    """Return a dense weight quantised, in plain order.
+
+    Args:
+        weight: shape (N, K).
+        name: for messages, and for its own entry in ``config``.
+        config: bits, groups, dtype of scales, method.
+        options: what was asked for, whose table the config only names.
+
+    Raises:
+        FormatError: NaN or Inf; the message names the weight.
+    """
+    done = quantize_weight(weight, name, config, options.table)
+    codes = pack_codes(done.codes, done.spec.num_bits)
+    return PackedWeight(codes, done.scales, done.table, done.spec, *done.shape)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DEMO_MODEL, python, random_weight, tiny_model
+from helpers import DEMO_MODEL, random_weight, tiny_model
 from torch import nn
+from vllm_engine import serve
 
 import flute
 from flute.errors import CheckpointError, FormatError, UnsupportedProblemError
@@ -27,32 +27,6 @@ pytest.importorskip("vllm")
 NAME = "model.layers.3.mlp.experts"
 E, H, INNER = 4, 128, 256
 SHARDS = ("w1", "w3", "w2")
-ENGINE = """
-import json, sys
-
-def main():
-    from vllm import LLM, SamplingParams
-
-    options = json.loads(sys.argv[2])
-    llm = LLM(sys.argv[1], max_model_len=48, max_num_seqs=4, dtype="float32", **options)
-    greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-    prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.argv[3])]
-    outputs = llm.generate(prompts, greedy)
-    with open(sys.argv[4], "w") as file:
-        json.dump([list(output.outputs[0].token_ids) for output in outputs], file)
-
-if __name__ == "__main__":
-    main()
-"""
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_DISABLE_COMPILE_CACHE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_PLUGINS": "flute",
-}
 PROMPTS = [[5, 9, 20, 31, 7, 77, 3, 50], [1, 2, 3]]
 
 
@@ -283,10 +257,5 @@ def test_greedy_text_of_a_moe_model_is_that_of_transformers(kind, online, tmp_pa
         expected.append(out[0, ids.shape[1] :].tolist())
     options = {"enforce_eager": True, **({"quantization": "flute"} if online else {})}
     asked = {"FLUTE_BITS": "4", "FLUTE_GROUP_SIZE": "32", "FLUTE_METHOD": "nf"} if online else {}
-    (tmp_path / "engine.py").write_text(ENGINE)
-    code = f"import runpy; runpy.run_path({str(tmp_path / 'engine.py')!r}, run_name='__main__')"
-    arguments = (dense if online else folder, json.dumps(options), json.dumps(PROMPTS))
-    process = python(code, *arguments, tmp_path / "out.json", **ENVIRONMENT, **asked)
-    printed, _ = process.communicate(timeout=500)
-    assert (tmp_path / "out.json").exists(), printed[-3000:]
-    assert json.loads((tmp_path / "out.json").read_text()) == expected
+    options |= {"prompts": PROMPTS, "num_tokens": 12, "max_model_len": 48, "dtype": "float32"}
+    assert serve(dense if online else folder, tmp_path, asked, **options) == expected

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from types import SimpleNamespace
 
 import pytest
+import sympy
 from helpers import DEMO_MODEL
 
 from flute.integrations import vllm as plugin
@@ -15,7 +17,7 @@ from flute.stream import quantize_checkpoint
 
 pytest.importorskip("vllm")
 
-from flute.integrations import vllm_launch
+from flute.integrations import inductor_norms, vllm_launch
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 
@@ -52,8 +54,8 @@ def made(folder, **options):
     return EngineArgs(model=str(folder), max_model_len=64, **options).create_engine_config()
 
 
-def option(config):
-    return config.compilation_config.inductor_compile_config.get(vllm_launch.OPTION)
+def option(config, key=vllm_launch.OPTION):
+    return config.compilation_config.inductor_compile_config.get(key)
 
 
 def test_the_option_is_inductors():
@@ -74,7 +76,8 @@ def test_an_h200_s_kernels_launch_dependently_and_nothing_else_changes(quantised
     assert early_dependents()
     keys = (on.compilation_config.compute_hash(), off.compilation_config.compute_hash())
     assert keys[0] != keys[1]  # what was compiled with it is not taken for what was not
-    del on.compilation_config.inductor_compile_config[vllm_launch.OPTION]
+    for key in (vllm_launch.OPTION, vllm_launch.CHOICES):
+        del on.compilation_config.inductor_compile_config[key]
     assert on.compilation_config == off.compilation_config
     assert on.compute_hash() == off.compute_hash()
 
@@ -111,6 +114,66 @@ def test_what_the_user_says_of_the_option_stays(quantised, gpu, monkeypatch, ask
     assert (option(made(quantised)) is True) == expected
 
 
+def test_norms_take_one_pass_with_dependent_launches(quantised, gpu, monkeypatch):
+    on = made(quantised)
+    assert option(on, vllm_launch.CHOICES) is inductor_norms.OnePassNorms
+    assert "OnePassNorms" in str(on.compilation_config)  # vLLM prints it
+    copy = pickle.loads(pickle.dumps(on.compilation_config))  # it gives it to its processes
+    assert copy.inductor_compile_config == on.compilation_config.inductor_compile_config
+    monkeypatch.setenv(vllm_launch.ENVIRONMENT, "0")
+    assert option(made(quantised), vllm_launch.CHOICES) is None
+
+
+def test_choices_of_the_user_stay_and_need_dependent_launches(quantised, gpu):
+    key = vllm_launch.CHOICES
+    said = {"inductor_compile_config": {key: None}}
+    config = made(quantised, compilation_config=said)
+    assert (option(config), option(config, key)) == (True, None)
+    said = {"inductor_compile_config": {vllm_launch.OPTION: False}}
+    assert option(made(quantised, compilation_config=said), key) is None
+
+
+def test_a_torch_without_the_hook_for_choices_launches_dependently_too(quantised, gpu, monkeypatch):
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(vllm_launch, "import_module", missing)
+    config = made(quantised)
+    assert (option(config), option(config, vllm_launch.CHOICES)) == (True, None)
+
+
+@pytest.mark.parametrize(
+    ("values", "hint", "cooperative", "expected"),
+    [
+        (512, "INNER", False, True),
+        (4096, "INNER", False, True),
+        (8192, "INNER", False, True),
+        (8193, "INNER", False, False),
+        (4096, "INNER", True, False),
+        (4096, "OUTER", False, False),
+        (64, "OUTER", False, True),
+    ],
+)
+def test_rows_of_a_decoder_s_width_take_one_pass(values, hint, cooperative, expected):
+    from torch._inductor.runtime.hints import ReductionHint
+    from torch._inductor.virtualized import V
+
+    features = SimpleNamespace(
+        reduction_numel=sympy.Integer(values),
+        numel=sympy.Integer(1024),
+        get_reduction_hint=lambda: ReductionHint[hint],
+    )
+    sizes = SimpleNamespace(
+        statically_known_leq=lambda left, right: bool(left <= right),
+        optimization_hint=int,
+    )
+    with V.set_graph_handler(SimpleNamespace(sizevars=sizes)):
+        choose = inductor_norms.OnePassNorms().should_use_persistent_reduction
+        assert choose(features, cooperative) is expected
+        with vllm_launch.inductor.patch({"triton.persistent_reductions": False}):
+            assert choose(features, cooperative) is False
+
+
 def test_models_and_chains_that_were_not_looked_at_need_to_ask(quantised, gpu, monkeypatch):
     others = {"speculative_config": NGRAM}, {"enable_lora": True}
     for other in others:
@@ -130,12 +193,14 @@ def test_other_architectures_need_to_ask(gpu, monkeypatch):
         return vllm_launch.OPTION in compilation.inductor_compile_config
 
     assert told(["LlamaForCausalLM"])
-    assert told(["Qwen3ForCausalLM"])
+    assert told(["Qwen2ForCausalLM"])
+    assert not told(["Qwen3ForCausalLM"])
     assert not told(["DeepseekV3ForCausalLM"])
     assert not told(None)
     monkeypatch.setenv(vllm_launch.ENVIRONMENT, "1")
     assert told(["DeepseekV3ForCausalLM"])
     vllm_launch.launch_dependently(None, ["LlamaForCausalLM"])  # no VllmConfig was found
+    vllm_launch.take_one_pass(None)
 
 
 def test_another_value_is_told_and_not_heeded(quantised, gpu, monkeypatch):
