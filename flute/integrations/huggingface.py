@@ -12,7 +12,7 @@ from typing import Any
 
 import transformers
 
-from flute.checkpoint import CheckpointReader
+from flute.checkpoint import CheckpointReader, is_hub_name
 from flute.errors import CheckpointError, UnsupportedProblemError
 from flute.integrations.huggingface_config import FluteConfig
 from flute.integrations.huggingface_quantizer import FluteHfQuantizer, register
@@ -42,9 +42,8 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
     """
     register()
     kwargs.setdefault("dtype", kwargs.pop("torch_dtype", "auto"))
-    local = Path(path).expanduser()
-    if local.exists() or str(path).count("/") != 1 or str(path).startswith((".", "~")):
-        path = local
+    if not is_hub_name(path):
+        path = local = Path(path).expanduser()
         if not {"gguf_file", "subfolder", "variant"} & set(kwargs):
             _check_model_type(local, CheckpointReader(local).config)
     try:
