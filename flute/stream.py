@@ -32,12 +32,11 @@ from flute.methods.fit import sample_rows
 from flute.model import ModelPlan, QuantizeOptions, check_calibration, plan_model
 from flute.pack import pack_codes
 from flute.rotation import RotatedReader
+from flute.shards import OutputTensor, Unit
 from flute.tables import get_table
 from flute.version import __version__
 from flute.writer import (
-    OutputTensor,
     Progress,
-    Unit,
     read_side_files,
     staging_folder,
     write_checkpoint,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -220,6 +221,12 @@ def test_more_tokens_than_the_context_holds(quantized, capsys):
     printed = capsys.readouterr()
     room = int(re.search(r"context is 2048 tokens: at most (\d+) follow", printed.err)[1])
     assert 0 < json.loads(printed.out)["new_tokens"] <= room < 2048 - 1000
+
+
+def test_a_prompt_that_is_no_text(quantized, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8"))
+    line = refused(capsys, "generate", quantized, "-")
+    assert "The prompt on standard input is no text: 'utf-8' codec can't decode byte 0xff" in line
 
 
 def test_a_config_that_transformers_refuses(tiny, tmp_path, capsys):

@@ -30,7 +30,9 @@ def add_parser(commands: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", help="folder of a dense or quantised checkpoint")
+    parser.add_argument(
+        "model", help="folder of a dense or quantised checkpoint, or a name on the Hub"
+    )
     parser.add_argument("--dense", metavar="MODEL", help="the model it was quantised from")
     add_json(parser)
     parser.set_defaults(run=run)
