@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flute.errors import UnsupportedProblemError
+from flute.errors import UnsupportedProblemError, reason_of
 
 
 def meta_model(directory: Path, config: Mapping[str, Any]) -> nn.Module:
@@ -26,12 +26,10 @@ def meta_model(directory: Path, config: Mapping[str, Any]) -> nn.Module:
         parsed = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
         return model_of(parsed, names)
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = " ".join(lines[:2]).rstrip(".:") or type(error).__name__
         raise UnsupportedProblemError(
             f"transformers {transformers.__version__} cannot build model_type {kind!r}, "
-            f"architectures {names}: {reason}. Upgrade transformers, or quantise the loaded model "
-            "with `flute.quantize_model`."
+            f"architectures {names}: {reason_of(error, 2)}. Upgrade transformers, or quantise the "
+            "loaded model with `flute.quantize_model`."
         ) from error
 
 

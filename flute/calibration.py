@@ -291,11 +291,11 @@ class BlockWalk:
         return self._run(block, self._hidden[window], cast)
 
     def output_of(self, window: int) -> Tensor:
-        """Return what the last block gave for a window, with ``keep_outputs``."""
+        """Return what the last block gave for a window, (1, sequence, H), with ``keep_outputs``."""
         return self._hidden[window].to(self._device)
 
     def target(self, window: int) -> Tensor:
-        """Return the dense stream's hidden states of a window, after `advance_dense`."""
+        """Return the dense stream's states of a window, (1, sequence, H), after `advance_dense`."""
         return self._dense[window].to(self._device)
 
     @torch.no_grad()
@@ -379,6 +379,10 @@ class BlockWalk:
 
 def check_windows(model: nn.Module, windows: Tensor) -> None:
     """Check that windows of tokens fit a model.
+
+    Args:
+        model: a transformers model; what its config does not say is not checked.
+        windows: int64, shape (samples, sequence), from `sample_windows`.
 
     Raises:
         CalibrationError: not int64 (samples, sequence), longer than the model's context, or a token

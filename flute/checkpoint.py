@@ -43,6 +43,13 @@ DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 """torch dtype -> its name in the safetensors format."""
 
 
+def is_hub_name(source: str | Path) -> bool:
+    """Tell whether a model's name is one on the Hub, "team/model", and no path on this machine."""
+    name = str(source)
+    is_path = name.startswith((".", "~", "/")) or name.endswith("/") or Path(source).exists()
+    return name.count("/") == 1 and not is_path
+
+
 class CheckpointReader:
     """A folder of safetensors files with a config.json.
 

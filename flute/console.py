@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
-from flute.errors import FormatError, UnsupportedProblemError
+from flute.errors import FormatError, UnsupportedProblemError, reason_of
 from flute.format import GROUP_SIZES, WHOLE_ROW
 
 stderr = Console(stderr=True, soft_wrap=True)
@@ -203,9 +203,8 @@ def pick_device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
         hint = "`flute doctor` shows the GPUs that torch sees." if is_gpu else "Use cpu or cuda."
-        message = f"Device {name!r} cannot be used: {reason}. {hint}"
+        message = f"Device {name!r} cannot be used: {reason_of(error)}. {hint}"
         raise UnsupportedProblemError(message) from error
     return name
 

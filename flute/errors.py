@@ -22,3 +22,17 @@ class CheckpointError(FluteError, RuntimeError):
 
 class ChecksumError(CheckpointError):
     """A tensor on disk differs from the checksum recorded when it was written."""
+
+
+def reason_of(error: BaseException, lines: int = 1) -> str:
+    """Return what another library's error says, for a message of ours to go on after it.
+
+    Args:
+        error: any exception.
+        lines: how many lines of its text to take, blank ones not counted.
+
+    Returns:
+        One line without a full stop; the error's name if it says nothing.
+    """
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(said[:lines]).rstrip(".:") or type(error).__name__

@@ -87,7 +87,11 @@ class Perplexity:
 
 
 def standard_error(values: Tensor) -> float:
-    """Return the standard error of the mean of some values, one per window; 0 of a single one."""
+    """Return the standard error of the mean of some values; 0 of a single one.
+
+    Args:
+        values: one per window, any float dtype, shape (windows,).
+    """
     return float(values.double().std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
@@ -174,6 +178,10 @@ def perplexity(
 
 def check_windows(model: Any, windows: Tensor) -> None:
     """Check that a model can read windows of tokens.
+
+    Args:
+        model: a transformers model.
+        windows: int64, shape (number of windows, window).
 
     Raises:
         EvaluationError: they are longer than its context, or hold tokens beyond its vocabulary.

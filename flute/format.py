@@ -32,6 +32,8 @@ GROUP_SIZES = (32, 64, 128, 256)
 WHOLE_ROW = -1
 """`group_size` that stands for one scale per row, whatever the row's length."""
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+FLOAT_DTYPES = tuple(SCALE_DTYPES.values())
+"""dtypes of dense weights, activations and scales."""
 TENSOR_NAMES = ("codes", "scales", "table")
 
 
@@ -204,7 +206,7 @@ def check_scales(scales: Tensor, N: int, K: int, spec: QuantSpec) -> None:
             f"`scales` has shape {tuple(scales.shape)}; expected (N, K / group) = {expected} "
             f"for N={N}, K={K}, group_size={spec.group_size}."
         )
-    if scales.dtype not in SCALE_DTYPES.values():
+    if scales.dtype not in FLOAT_DTYPES:
         raise FormatError(f"`scales` is {scales.dtype}; expected float16, bfloat16 or float32.")
 
 
@@ -316,7 +318,11 @@ class CheckpointConfig:
             self.spec_of(name)
 
     def spec_of(self, module_name: str) -> QuantSpec:
-        """Return the spec of a module, its override applied."""
+        """Return the spec of a module, its override applied.
+
+        Raises:
+            FormatError: the override is no object, has unknown keys, or says no spec.
+        """
         override = self.overrides.get(module_name, {})
         if not isinstance(override, Mapping):
             raise FormatError(

@@ -109,7 +109,10 @@ class LutLinear(nn.Module):
 
     @classmethod
     def from_quantized(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> LutLinear:
-        """Return the layer of a quantised matrix; it shares scales, table and bias with it."""
+        """Return the layer of a quantised matrix, and of a bias of shape (N,), if there is one.
+
+        It shares scales, table and bias with them.
+        """
         packed = pack_codes(weight.codes, weight.spec.num_bits)
         rest = (weight.scales, weight.table, weight.spec, *weight.shape, weight.table_ends)
         return cls._from_packed(PackedWeight(packed, *rest), bias)

@@ -28,7 +28,7 @@ from flute.cpu import library as cpu
 from flute.cpu.structures import is_by_rows
 from flute.device import gpu_of, warn_unprepared, why_not
 from flute.errors import FormatError, UnsupportedProblemError
-from flute.format import SCALE_DTYPES, PackedWeight, QuantSpec, check_scales, check_table
+from flute.format import FLOAT_DTYPES, PackedWeight, QuantSpec, check_scales, check_table
 from flute.kernel_order import CHUNK_K, TILE_N, num_tiles, padded_k, to_plain_order
 from flute.pack import check_packed
 from flute.plans import MAX_MMA_M
@@ -40,7 +40,6 @@ _SCHEMAS = (
     "int num_bits, int group_size, SymInt K, ScalarType dtype, int? out_features=None, "
     "int[]? table_ends=None) -> Tensor",
 )
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 _MAX_CHECKED = 4096
 _checked: dict[tuple[object, ...], tuple[QuantSpec, int, tuple[int, ...]]] = {}
@@ -141,7 +140,7 @@ def path_of(device: torch.device, dtype: torch.dtype) -> str:
         device: where ``x`` and the weight are.
         dtype: dtype of ``x``.
     """
-    if dtype not in _DTYPES:
+    if dtype not in FLOAT_DTYPES:
         return "none: expected float16, bfloat16 or float32"
     if device.type == "cpu":
         reason = cpu.why_not()
@@ -179,7 +178,7 @@ def _weight_of(
 ) -> PackedWeight:
     """Check the arguments of a product, by what depends on shapes, dtypes, devices and numbers."""
     spec = QuantSpec(num_bits, group_size)
-    if x.ndim != 2 or x.dtype not in _DTYPES:
+    if x.ndim != 2 or x.dtype not in FLOAT_DTYPES:
         raise FormatError(
             f"`x` is {x.dtype} of shape {tuple(x.shape)}; expected fp16, bf16 or fp32 (M, K)."
         )
@@ -229,7 +228,7 @@ def _packed_weight(
             f"`scales` has shape {tuple(scales.shape)}; expected contiguous {expected} in kernel "
             f"order for N={N}, K={K}, group_size={spec.group_size}."
         )
-    if scales.dtype not in SCALE_DTYPES.values():
+    if scales.dtype not in FLOAT_DTYPES:
         raise FormatError(f"`scales` is {scales.dtype}; expected float16, bfloat16 or float32.")
     check_table(table, N, spec, ends)
     return PackedWeight(packed, scales, table, spec, N, K, ends)
@@ -252,7 +251,7 @@ def _cpu_weight(
             f"`packed` and `scales` have shapes {tuple(packed.shape)} and {tuple(scales.shape)}; "
             f"expected {shapes[0]} and {shapes[1]} in CPU order for N={N}, K={K}, {spec}."
         )
-    if scales.dtype not in SCALE_DTYPES.values():
+    if scales.dtype not in FLOAT_DTYPES:
         raise FormatError(f"`scales` is {scales.dtype}; expected float16, bfloat16 or float32.")
     if packed.device.type == "cuda":
         raise FormatError(f"`packed` is in CPU order, on {packed.device}; expected the CPU.")
@@ -331,7 +330,7 @@ def _dequantize(
 ) -> Tensor:
     spec = QuantSpec(num_bits, group_size)
     weight = _packed_weight(packed, scales, table, spec, K, out_features, table_ends)
-    if dtype not in _DTYPES:
+    if dtype not in FLOAT_DTYPES:
         raise FormatError(f"`dtype` is {dtype}; expected fp16, bf16 or fp32.")
     if packed.dtype == torch.uint8:
         return cpu.dequantize(weight, dtype)
@@ -362,7 +361,7 @@ def _lut_gemm_autocast(device_type: str) -> Any:
     mask = torch._C.DispatchKeySet(key[device_type])
 
     def autocast(x: Tensor, *args: Any) -> Tensor:
-        if x.dtype in _DTYPES:  # others are refused below, as without autocast
+        if x.dtype in FLOAT_DTYPES:  # others are refused below, as without autocast
             x = x.to(torch.get_autocast_dtype(device_type))
         with torch._C._ExcludeDispatchKeyGuard(mask):
             out: Tensor = torch.ops.flute.lut_gemm.default(x, *args)

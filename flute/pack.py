@@ -96,6 +96,11 @@ def _compact(tensor: Tensor) -> Tensor:
 def check_packed(packed: Tensor, num_bits: int, K: int) -> None:
     """Check dtype and row length of packed codes.
 
+    Args:
+        packed: from `pack_codes`: int32, shape (N, words of a row).
+        num_bits: 2, 3 or 4.
+        K: codes of a row.
+
     Raises:
         FormatError: they disagree with ``num_bits`` and ``K``.
     """

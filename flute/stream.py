@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,23 +21,22 @@ from torch import Tensor, nn
 
 from flute.architecture import match_names, meta_model, missing_parameters, model_keys
 from flute.blockwise import head_config, quantize_weight
-from flute.checkpoint import CheckpointReader, tensor_bytes
+from flute.checkpoint import CheckpointReader, is_hub_name, tensor_bytes
 from flute.dense import tied_embedding, untied
-from flute.errors import CheckpointError, FormatError, UnsupportedProblemError
+from flute.errors import CheckpointError, FormatError, UnsupportedProblemError, reason_of
 from flute.experts import split_experts
-from flute.format import SCALE_DTYPES, WHOLE_ROW, CheckpointConfig, QuantSpec
+from flute.format import FLOAT_DTYPES, SCALE_DTYPES, WHOLE_ROW, CheckpointConfig, QuantSpec
 from flute.layerwise import CheckpointWalk
 from flute.methods import CALIBRATED, check_finite, fits_table, table_for
 from flute.methods.fit import sample_rows
 from flute.model import ModelPlan, QuantizeOptions, check_calibration, plan_model
 from flute.pack import pack_codes
 from flute.rotation import RotatedReader
+from flute.shards import OutputTensor, Unit
 from flute.tables import get_table
 from flute.version import __version__
 from flute.writer import (
-    OutputTensor,
     Progress,
-    Unit,
     read_side_files,
     staging_folder,
     write_checkpoint,
@@ -45,7 +44,8 @@ from flute.writer import (
 
 _BLOCK_WEIGHTS = 1 << 21
 """Weights quantised at a time: blocks below 32 MB are reused by the allocator, not returned."""
-_QUANTIZABLE = (torch.float16, torch.bfloat16, torch.float32)
+_DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
+"""Files that a model of the Hub is downloaded with."""
 
 
 @dataclass(frozen=True)
@@ -134,25 +134,33 @@ def quantize_checkpoint(
     return plan
 
 
-def find_source(source: str | Path, revision: str | None = None) -> Path:
+def find_source(
+    source: str | Path, revision: str | None = None, patterns: Sequence[str] = _DOWNLOADED
+) -> Path:
     """Return the folder of a checkpoint, downloading a model of the Hub into its cache if need be.
+
+    Args:
+        source: a folder, or the name of a model on the Hub.
+        revision: branch, tag or commit on the Hub.
+        patterns: the files to download.
 
     Raises:
         CheckpointError: neither a folder nor a model that can be had.
     """
     if not str(source):
         raise CheckpointError("The model's name is empty; expected a folder, or a name on the Hub.")
-    if Path(source).exists() or str(source).count("/") != 1 or str(source).startswith((".", "~")):
+    if not is_hub_name(source):
         return Path(source).expanduser()
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(str(source), revision=revision, allow_patterns=list(patterns))
+        )
     except Exception as error:
         raise CheckpointError(
             f"`{source}` is no folder here, and cannot be had from the Hub either: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            f"{type(error).__name__}: {reason_of(error)}."
         ) from error
 
 
@@ -188,7 +196,7 @@ def plan_checkpoint(directory: Path, options: QuantizeOptions) -> CheckpointPlan
             f"as `{min(missing)}`. The checkpoint is incomplete, or of another architecture."
         )
     for name, module in layers.items():
-        if reader.dtype(name) not in _QUANTIZABLE:
+        if reader.dtype(name) not in FLOAT_DTYPES:
             raise FormatError(
                 f"`{name}` is {reader.dtype(name)}; expected float16, bfloat16 or float32. "
                 "Quantise a model that has not been quantised before."
@@ -390,7 +398,7 @@ def model_card(source: str, config: CheckpointConfig, layers: Collection[str]) -
     if head:
         spec = config.spec_of(head)
         what += f", output head at {spec.num_bits} bits and {_group(spec.group_size)}"
-    base = f"base_model: {source}\n" if source.count("/") == 1 and not Path(source).exists() else ""
+    base = f"base_model: {source}\n" if is_hub_name(source) else ""
     return f"""---
 library_name: transformers
 tags:

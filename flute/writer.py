@@ -5,7 +5,7 @@
       .flute-journal  a line per finished unit                   *.safetensors
       (config.json and side files last)                          *.index.json with checksums
 
-The layout of every file follows from the list of tensors, so it is fixed before the first byte.
+The layout of every file (`shards.py`) is fixed before the first byte.
 Work is done in units (one source tensor each); a unit's line goes to the journal once its bytes are
 written. After a crash the next run checks the recorded units by checksum and goes on; the result is
 byte for byte that of an uninterrupted run. Nothing appears under the final name before everything
@@ -18,57 +18,21 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
-from flute.checkpoint import DTYPE_NAMES, INDEX_NAME, tensor_bytes
+from flute.checkpoint import INDEX_NAME, tensor_bytes
 from flute.errors import CheckpointError, FormatError
+from flute.shards import OutputTensor, Shard, Unit, is_intact, lay_out
 
 MAX_SHARD_BYTES = 5 * 10**9
 JOB_NAME = ".flute-job"
 """Holds the fingerprint of the job that wrote a folder, so that running it again is recognised."""
 _JOURNAL, _LOCK = ".flute-journal", ".flute-lock"
-
-
-@dataclass(frozen=True)
-class OutputTensor:
-    """Name, dtype and shape of a tensor to be written."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes in the file."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Unit:
-    """The smallest piece of work that is resumed: some tensors and what produces them.
-
-    Args:
-        name: unique among the units.
-        outputs: the tensors it writes.
-        produce: yields (output name, consecutive rows of it) until all outputs are complete; must
-            yield the same bytes each time.
-        num_weights: counted by the progress bar.
-    """
-
-    name: str
-    outputs: tuple[OutputTensor, ...]
-    produce: Callable[[], Iterator[tuple[str, Tensor]]]
-    num_weights: int
 
 
 class Progress(Protocol):
@@ -99,8 +63,8 @@ def write_checkpoint(
         side_files: name -> content of all other files.
         fingerprint: JSON-serialisable description of the job: an interrupted run is resumed only if
             its fingerprint was the same, and a finished one is not done again.
-        overwrite: replace the folder, and drop an interrupted run of another job; the old folder
-            stays until the new one is complete.
+        overwrite: replace the folder, if it is a checkpoint, and drop an interrupted run of another
+            job; the old folder stays until the new one is complete.
         progress: told about finished units.
         max_shard_bytes: start a new file beyond this size.
 
@@ -109,12 +73,12 @@ def write_checkpoint(
             of another job, the disk is full, or a unit produced other bytes than it announced.
     """
     destination = Path(destination).resolve()
-    shards = _lay_out(units, max_shard_bytes)
+    shards = lay_out(units, max_shard_bytes)
     job = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
-    if _is_occupied(destination) and not overwrite:
+    if _is_occupied(destination, overwrite) and not overwrite:
         marker = destination / JOB_NAME
         is_done = marker.is_file() and marker.read_text(errors="replace").strip() == job
-        if not (is_done and all(_is_intact(destination, shard) for shard in shards)):
+        if not (is_done and all(is_intact(destination, shard) for shard in shards)):
             raise _occupied(destination)
         _tidy(destination)
         return destination
@@ -142,54 +106,7 @@ def staging_folder(destination: str | Path) -> Path:
     return folder.with_name(folder.name + ".partial")
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """One file: its name, header, and where each tensor starts."""
-
-    file: str
-    header: bytes
-    offsets: Mapping[str, int]
-    num_bytes: int
-
-
-def _lay_out(units: Sequence[Unit], max_shard_bytes: int) -> list[_Shard]:
-    groups: list[list[OutputTensor]] = [[]]
-    size = 0
-    for unit in units:
-        num_bytes = sum(tensor.num_bytes for tensor in unit.outputs)
-        if groups[-1] and size + num_bytes > max_shard_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].extend(unit.outputs)
-        size += num_bytes
-    count = len(groups)
-    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    names = ["model.safetensors"] if count == 1 else names
-    return [_lay_out_shard(name, group) for name, group in zip(names, groups, strict=True)]
-
-
-def _lay_out_shard(file: str, tensors: Sequence[OutputTensor]) -> _Shard:
-    """Wide dtypes first, so that every tensor is aligned to its item size."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    starts: dict[str, int] = {}
-    position = 0
-    for tensor in sorted(tensors, key=lambda t: -t.dtype.itemsize):
-        end = position + tensor.num_bytes
-        starts[tensor.name] = position
-        entries[tensor.name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, end],
-        }
-        position = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    offsets = {name: len(header) + start for name, start in starts.items()}
-    return _Shard(file, header, offsets, len(header) + position)
-
-
-def _start(partial: Path, job: str, shards: Sequence[_Shard]) -> None:
+def _start(partial: Path, job: str, shards: Sequence[Shard]) -> None:
     """Empty the staging folder and reserve the disk space of all files."""
     for path in partial.iterdir():
         if path.name != _LOCK:
@@ -207,7 +124,7 @@ def _start(partial: Path, job: str, shards: Sequence[_Shard]) -> None:
     (partial / _JOURNAL).write_text(json.dumps({"job": job}) + "\n")
 
 
-def _allocate(partial: Path, shard: _Shard) -> None:
+def _allocate(partial: Path, shard: Shard) -> None:
     with open(partial / shard.file, "wb") as file:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, shard.num_bytes)
@@ -215,17 +132,8 @@ def _allocate(partial: Path, shard: _Shard) -> None:
         file.write(shard.header)
 
 
-def _is_intact(folder: Path, shard: _Shard) -> bool:
-    """Tell whether a file has its size and header; its tensors are another matter."""
-    path = folder / shard.file
-    if not path.is_file() or path.stat().st_size != shard.num_bytes:
-        return False
-    with open(path, "rb") as file:
-        return file.read(len(shard.header)) == shard.header
-
-
 def _resume(
-    partial: Path, job: str, units: Sequence[Unit], shards: Sequence[_Shard], *, drop_others: bool
+    partial: Path, job: str, units: Sequence[Unit], shards: Sequence[Shard], *, drop_others: bool
 ) -> dict[str, dict[str, str]]:
     """Return unit -> checksums of the units an interrupted run finished, having verified them."""
     interrupted_job, recorded = _read_journal(partial / _JOURNAL)
@@ -237,7 +145,7 @@ def _resume(
             "has changed). Repeat that one, delete the folder, or discard it (`--overwrite`)."
         )
     for shard in shards:
-        if not _is_intact(partial, shard):
+        if not is_intact(partial, shard):
             _allocate(partial, shard)
     return {
         unit.name: recorded[unit.name]
@@ -264,7 +172,7 @@ def _read_journal(path: Path) -> tuple[str | None, dict[str, Any]]:
     return job, units
 
 
-def _crc32_of(partial: Path, tensor: OutputTensor, shards: Sequence[_Shard]) -> str:
+def _crc32_of(partial: Path, tensor: OutputTensor, shards: Sequence[Shard]) -> str:
     shard = next(shard for shard in shards if tensor.name in shard.offsets)
     crc, left = 0, tensor.num_bytes
     with open(partial / shard.file, "rb") as file:
@@ -277,7 +185,7 @@ def _crc32_of(partial: Path, tensor: OutputTensor, shards: Sequence[_Shard]) -> 
 def _write_units(
     partial: Path,
     units: Sequence[Unit],
-    shards: Sequence[_Shard],
+    shards: Sequence[Shard],
     finished: dict[str, dict[str, str]],
     progress: Progress | None,
 ) -> None:
@@ -328,7 +236,7 @@ def _write_unit(unit: Unit, place: Mapping[str, tuple[Any, int]]) -> dict[str, s
 def _write_side_files(
     partial: Path,
     side_files: Mapping[str, bytes],
-    shards: Sequence[_Shard],
+    shards: Sequence[Shard],
     finished: Mapping[str, Mapping[str, str]],
     job: str,
 ) -> None:
@@ -351,7 +259,7 @@ def _write_side_files(
 
 def _publish(partial: Path, destination: Path, overwrite: bool) -> None:
     """Give the finished folder its final name; an old one is removed only after that."""
-    replaced = _is_occupied(destination)
+    replaced = _is_occupied(destination, overwrite)
     if replaced and not overwrite:  # by someone else, while this ran
         raise _occupied(destination)
     try:
@@ -380,10 +288,14 @@ def _old(destination: Path) -> Path:
     return destination.with_name(destination.name + ".flute-old")
 
 
-def _is_occupied(folder: Path) -> bool:
+def _is_occupied(folder: Path, overwrite: bool) -> bool:
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"`{folder}` is a file; expected a folder to create.")
-    return folder.is_dir() and any(folder.iterdir())
+    names = os.listdir(folder) if folder.is_dir() else []
+    if overwrite and names and "config.json" not in names:
+        why = "holds files, and no config.json: it is no checkpoint, and is not overwritten"
+        raise CheckpointError(f"`{folder}` {why}. Choose another folder.")
+    return bool(names)
 
 
 def _occupied(destination: Path) -> CheckpointError:

@@ -16,11 +16,12 @@ from flute.checkpoint import (
     CHECKSUM_METADATA,
     INDEX_NAME,
     CheckpointReader,
+    is_hub_name,
     read_json,
     tensor_bytes,
     verify_checksums,
 )
-from flute.errors import CheckpointError, ChecksumError
+from flute.errors import CheckpointError, ChecksumError, reason_of
 
 TENSORS = {
     "b.weight": torch.randn(70, 33, generator=generator(1)).bfloat16(),
@@ -329,3 +330,40 @@ def test_a_tensor_that_is_gone_has_a_checksum_still(single):
 
 def test_checksum_errors_are_checkpoint_errors():
     assert issubclass(ChecksumError, CheckpointError)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_on_the_hub"),
+    [
+        ("team/model", True),
+        ("model", False),
+        ("a/b/c", False),
+        ("./model", False),
+        ("~/model", False),
+        ("here/model", False),
+        ("/model", False),
+        ("model/", False),
+    ],
+)
+def test_names_on_the_hub(tmp_path, monkeypatch, name, is_on_the_hub):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    assert is_hub_name(name) is is_on_the_hub
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("\n  one thing.\n\nanother"), "one thing"),
+        (KeyError(), "KeyError"),
+        (OSError(" \n"), "OSError"),
+    ],
+)
+def test_what_others_say_is_one_line(error, expected):
+    assert reason_of(error) == expected
+
+
+def test_more_lines_of_what_others_say():
+    assert reason_of(ValueError("for field 'a':\n  expected int\nmore"), 2) == (
+        "for field 'a': expected int"
+    )

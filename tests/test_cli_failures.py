@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -197,8 +198,8 @@ def test_a_model_that_lacks_weights_is_not_filled_with_random_ones(
     shutil.copytree(quantized, tmp_path / "lost")
     edit_json(tmp_path / "lost" / "config.json", quantization_config=...)
     line = refused(capsys, "generate", tmp_path / "lost", "hello")
-    assert "lacks 42 parameters of LlamaForCausalLM" in line
-    assert "its config.json is not its own" in line
+    assert "lost` holds `model.layers.0.mlp.down_proj.codes` (42 quantised layers), and its" in line
+    assert "no `quantization_config`: it is another model's. Restore the checkpoint's own." in line
 
 
 def test_a_checkpoint_that_needs_another_library(tiny, capsys):
@@ -222,10 +223,26 @@ def test_more_tokens_than_the_context_holds(quantized, capsys):
     assert 0 < json.loads(printed.out)["new_tokens"] <= room < 2048 - 1000
 
 
+def test_a_prompt_that_is_no_text(quantized, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8"))
+    line = refused(capsys, "generate", quantized, "-")
+    assert "The prompt on standard input is no text: 'utf-8' codec can't decode byte 0xff" in line
+
+
 def test_a_config_that_transformers_refuses(tiny, tmp_path, capsys):
     edit_json(tiny / "config.json", hidden_size="many")
     line = refused(capsys, "quantize", tiny, tmp_path / "out")
     assert "'hidden_size' expected int, got str (value: 'many'). Upgrade transformers" in line
+
+
+def test_inspect_of_files_and_a_config_that_do_not_belong_together(quantized, tmp_path, capsys):
+    out = tmp_path / "other"
+    shutil.copytree(quantized, out)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    edit_json(out / "config.json", quantization_config={**config, "num_bits": 4})
+    line = refused(capsys, "inspect", out)
+    assert re.search(r"proj\.codes` has shape \(\d+, \d+\); expected \(\d+, \d+\) for scales", line)
+    assert "The files and their config.json do not belong together." in line
 
 
 def test_inspect_beside_another_model(quantized, tiny, capsys):

@@ -34,7 +34,7 @@ LAYERS = (
     ("training", "siblings", "fused", "guidance", "head_inputs"),
     ("blockwise",),
     ("checkpoint", "end_to_end"),
-    ("rotation",),
+    ("rotation", "shards"),
     ("model",),
     ("writer", "architecture"),
     ("layerwise",),

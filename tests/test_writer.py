@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from flute import writer
 from flute.checkpoint import INDEX_NAME, CheckpointReader, verify_checksums
 from flute.errors import CheckpointError, FormatError
-from flute.writer import OutputTensor, Unit, read_side_files, write_checkpoint
+from flute.shards import OutputTensor, Unit
+from flute.writer import read_side_files, write_checkpoint
 
 SIDE_FILES = {"config.json": b'{"model_type": "llama"}', "README.md": b"# model\n"}
 INTERNAL = {".flute-journal", ".flute-lock"}
@@ -668,7 +669,7 @@ def test_a_file_in_place_of_the_parent(tmp_path):
 def test_overwrite_keeps_the_old_folder_until_the_end(tmp_path, expected):
     out, seen = tmp_path / "out", []
     out.mkdir()
-    (out / "old.txt").write_text("old")
+    (out / "config.json").write_text("old")
     before = folder_bytes(out)
     write(out, units(before=lambda name: seen.append(folder_bytes(out) == before)), overwrite=True)
     assert seen
@@ -680,7 +681,7 @@ def test_overwrite_keeps_the_old_folder_until_the_end(tmp_path, expected):
 def test_overwrite_that_fails_keeps_the_old_folder(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "old.txt").write_text("old")
+    (out / "config.json").write_text("old")
 
     def before(name):
         if name == "c":
@@ -688,7 +689,19 @@ def test_overwrite_that_fails_keeps_the_old_folder(tmp_path):
 
     with pytest.raises(StopError):
         write(out, units(before=before), overwrite=True)
-    assert folder_bytes(out) == {"old.txt": b"old"}
+    assert folder_bytes(out) == {"config.json": b"old"}
+
+
+def test_what_is_no_checkpoint_is_never_overwritten(tmp_path):
+    """A home folder, say."""
+    out = tmp_path / "out"
+    (out / "photos").mkdir(parents=True)
+    (out / "photos" / "cat.png").write_text("cat")
+    before, calls = folder_bytes(out), []
+    with raises(f"`{out}` holds files, and no config.json: it is no checkpoint, and is not overw"):
+        write(out, units(calls), overwrite=True)
+    assert folder_bytes(out) == before
+    assert calls == []
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -41,7 +41,9 @@ def add_parser(commands: Any) -> None:
         help="bitsandbytes: choose new codes for layers whose blocks fit no group (not exact)",
     )
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace OUT if it is a checkpoint"
+    )
     add_json(parser)
     parser.set_defaults(run=run)
 

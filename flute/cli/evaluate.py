@@ -65,7 +65,10 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "models", nargs="+", metavar="MODEL", help="folders; losses are given over the first one's"
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="folders, or names on the Hub; losses are over the first",
     )
     parser.add_argument(
         "--reference",

@@ -18,7 +18,7 @@ from flute.console import (
     report,
     seed,
 )
-from flute.errors import FormatError
+from flute.errors import FormatError, reason_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,9 @@ def add_parser(commands: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", help="folder of a dense or quantised checkpoint")
+    parser.add_argument(
+        "model", help="folder of a dense or quantised checkpoint, or a name on the Hub"
+    )
     parser.add_argument("prompt", help="the text to go on from; - reads standard input")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default 64")
     parser.add_argument(
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     check_at_least("--max-new-tokens", args.max_new_tokens, 1)
     if not 0 <= args.temperature < math.inf:
         raise FormatError(f"`--temperature` is {args.temperature}; expected 0 or more.")
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = _read_prompt() if args.prompt == "-" else args.prompt
     quiet_transformers()
     import torch
     from transformers import TextStreamer
@@ -91,6 +93,20 @@ def run(args: argparse.Namespace) -> int:
     else:
         report(f"{count} tokens, {count / seconds:.1f} per second")
     return 0
+
+
+def _read_prompt() -> str:
+    """Return standard input.
+
+    Raises:
+        FormatError: it is no text.
+    """
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise FormatError(
+            f"The prompt on standard input is no text: {reason_of(error)}."
+        ) from error
 
 
 def _room(model: Any, ids: Tensor, wanted: int) -> int:

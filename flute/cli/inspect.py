@@ -30,7 +30,9 @@ def add_parser(commands: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", help="folder of a dense or quantised checkpoint")
+    parser.add_argument(
+        "model", help="folder of a dense or quantised checkpoint, or a name on the Hub"
+    )
     parser.add_argument("--dense", metavar="MODEL", help="the model it was quantised from")
     add_json(parser)
     parser.set_defaults(run=run)
@@ -91,6 +93,13 @@ def _describe(
     spec = config.spec_of(layer.replace(".block_sparse_moe.", ".mlp."))
     N, num_groups = reader.shape(f"{layer}.scales")
     K = _num_columns(reader, layer, spec, num_groups, dense)
+    codes = reader.shape(f"{layer}.codes")
+    if codes != (N, spec.num_words(K)):
+        raise FormatError(
+            f"`{layer}.codes` has shape {codes}; expected {(N, spec.num_words(K))} for scales of "
+            f"shape {(N, num_groups)} and {spec}. The files and their config.json do not belong "
+            "together."
+        )
     num_bytes = sum(reader.num_bytes(f"{layer}.{part}") for part in TENSOR_NAMES)
     rows = reader.shape(f"{layer}.table")[0]
     info = {

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flute.checkpoint import CheckpointReader
-from flute.errors import CheckpointError, FluteError
+from flute.errors import CheckpointError, FluteError, reason_of
 from flute.stream import find_source
 
 
@@ -36,7 +36,7 @@ def load_model(path: str, device: str) -> Any:
     except FluteError:
         raise
     except (ImportError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"`{path}` cannot be loaded: {first_line(error)}") from error
+        raise CheckpointError(f"`{path}` cannot be loaded: {reason_of(error)}.") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(
@@ -63,9 +63,3 @@ def load_tokenizer(path: str) -> Any:
             f"`{Path(path)}` has no tokenizer that can be loaded ({type(error).__name__}). Copy "
             "the tokenizer's files of the dense model into the folder."
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of what another library's error says, or the error's name."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

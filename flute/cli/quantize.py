@@ -196,7 +196,9 @@ def add_parser(commands: Any) -> None:
         help="leave layers of this name dense (wildcards; may be repeated)",
     )
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace OUT if it is a checkpoint"
+    )
     add_device(parser, "quantise")
     add_json(parser)
     parser.set_defaults(run=run)

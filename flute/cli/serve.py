@@ -13,7 +13,7 @@ from typing import Any
 
 from flute.cli.loading import load_tokenizer
 from flute.console import add_device, pick_device, quiet_transformers, report
-from flute.errors import CheckpointError, UnsupportedProblemError
+from flute.errors import CheckpointError, UnsupportedProblemError, reason_of
 
 _NEEDED = ("fastapi", "openai", "pydantic", "uvicorn")
 _EPILOG = """\
@@ -69,8 +69,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         serve(args.model, device=device, host=args.host, port=args.port)
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"`{args.model}` cannot be served: {reason[0]}") from error
+        raise CheckpointError(f"`{args.model}` cannot be served: {reason_of(error)}.") from error
     return 0
 
 

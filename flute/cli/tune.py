@@ -273,8 +273,9 @@ def _weights_of_model(args: argparse.Namespace) -> dict[Problem, None]:
     from flute.config import Problem
     from flute.format import CheckpointConfig
     from flute.model import QuantizeOptions, plan_model
+    from flute.stream import find_source
 
-    folder = _folder_of(args.model)
+    folder = find_source(args.model, patterns=["config.json"])
     content = read_json(folder / "config.json")
     model = meta_model(folder, content)
     dtype = args.dtype or str(content.get("dtype") or content.get("torch_dtype") or "bfloat16")
@@ -300,17 +301,3 @@ def _weights_of_model(args: argparse.Namespace) -> dict[Problem, None]:
                     )
                 ] = None
     return weights
-
-
-def _folder_of(model: str) -> Path:
-    if Path(model).expanduser().is_dir() or model.count("/") != 1 or model.startswith((".", "~")):
-        return Path(model).expanduser()
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=["config.json"]))
-    except Exception as error:
-        raise CheckpointError(
-            f"`{model}` is no folder here, and its config.json cannot be had from the Hub either: "
-            f"{type(error).__name__}."
-        ) from error

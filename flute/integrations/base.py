@@ -27,6 +27,7 @@ from flute.methods import check_weight, quantize
 from flute.methods.absmax import round_to_table
 from flute.model import QuantizeOptions
 from flute.reference import dequantize
+from flute.shards import OutputTensor, Unit
 from flute.stream import (
     CheckpointPlan,
     copy_rows,
@@ -36,7 +37,7 @@ from flute.stream import (
     quantize_checkpoint,
 )
 from flute.tables import get_table
-from flute.writer import OutputTensor, Progress, Unit, read_side_files, write_checkpoint
+from flute.writer import Progress, read_side_files, write_checkpoint
 
 _TORCH_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _BLOCK_WEIGHTS = 1 << 23

@@ -183,7 +183,12 @@ def _inexact_message(name: str, K: int, blocksize: int, group_size: int | None =
 
 
 def storable_dtype(absmax: Tensor, preferred: torch.dtype) -> torch.dtype:
-    """Return ``preferred`` if it holds every absmax exactly, else fp32."""
+    """Return ``preferred`` if it holds every absmax exactly, else fp32.
+
+    Args:
+        absmax: a scale per block, fp32, any shape.
+        preferred: a 16-bit float.
+    """
     exact = torch.equal(absmax.to(preferred).float(), absmax.float())
     return preferred if exact else torch.float32
 

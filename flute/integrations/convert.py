@@ -23,6 +23,7 @@ from flute.format import CheckpointConfig
 from flute.integrations.bitsandbytes_checkpoint import BitsandbytesCheckpoint
 from flute.integrations.original_checkpoint import OriginalCheckpoint
 from flute.pack import pack_codes
+from flute.shards import OutputTensor, Unit
 from flute.stream import (
     check_apart,
     copy_rows,
@@ -32,7 +33,7 @@ from flute.stream import (
     model_config_json,
     output_tensors,
 )
-from flute.writer import OutputTensor, Progress, Unit, read_side_files, write_checkpoint
+from flute.writer import Progress, read_side_files, write_checkpoint
 
 CONVERTIBLE = ("bitsandbytes", "original")
 _ForeignCheckpoint = BitsandbytesCheckpoint | OriginalCheckpoint

@@ -12,7 +12,7 @@ from typing import Any
 
 import transformers
 
-from flute.checkpoint import CheckpointReader
+from flute.checkpoint import CheckpointReader, is_hub_name
 from flute.errors import CheckpointError, UnsupportedProblemError
 from flute.integrations.huggingface_config import FluteConfig
 from flute.integrations.huggingface_quantizer import FluteHfQuantizer, register
@@ -34,7 +34,8 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
         The model.
 
     Raises:
-        CheckpointError: no such folder, no config.json, or a weight file missing or truncated.
+        CheckpointError: no such folder, no config.json, or a weight file missing or truncated, or
+            quantised layers that config.json does not speak of.
         ChecksumError: a tensor differs from its recorded checksum (FLUTE_VERIFY=0 skips the check).
         FormatError: a quantisation config of a newer version, or tensors that disagree with it.
         UnsupportedProblemError: an architecture that transformers does not know, or one that is no
@@ -42,15 +43,30 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
     """
     register()
     kwargs.setdefault("dtype", kwargs.pop("torch_dtype", "auto"))
-    local = Path(path).expanduser()
-    if local.exists() or str(path).count("/") != 1 or str(path).startswith((".", "~")):
-        path = local
+    if not is_hub_name(path):
+        path = local = Path(path).expanduser()
         if not {"gguf_file", "subfolder", "variant"} & set(kwargs):
-            _check_model_type(local, CheckpointReader(local).config)
+            reader = CheckpointReader(local)
+            _check_model_type(local, reader.config)
+            _check_not_lost(reader)
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(path, **kwargs)
     except OSError as error:
         raise CheckpointError(f"`{path}` cannot be loaded: {error}") from error
+
+
+def _check_not_lost(reader: CheckpointReader) -> None:
+    """Refuse codes that config.json says nothing of: random weights would stand in for them."""
+    if "quantization_config" in reader.config:
+        return
+    codes = {name.removesuffix(".codes") for name in reader.names if name.endswith(".codes")}
+    lost = sorted(layer for layer in codes if f"{layer}.table" in reader.names)
+    if lost:
+        raise CheckpointError(
+            f"`{reader.directory}` holds `{lost[0]}.codes` ({len(lost)} quantised layers), and its "
+            "config.json no `quantization_config`: it is another model's. Restore the checkpoint's "
+            "own."
+        )
 
 
 def _check_model_type(folder: Path, config: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flute.errors import FormatError
-from flute.format import SCALE_DTYPES, QuantizedWeight, QuantSpec, check_table
+from flute.format import FLOAT_DTYPES, SCALE_DTYPES, QuantizedWeight, QuantSpec, check_table
 from flute.methods import absmax, gptq, lnq, mse
 from flute.methods.fit import fit_table, sample_rows
 from flute.tables import DEFAULT_GROUP, FAMILIES, TableLike, get_table
@@ -221,20 +221,30 @@ def check_table_scope(method: str, table_scope: str) -> None:
 
 
 def check_weight(weight: Tensor, name: str, first_row: int = 0) -> None:
-    """Check that a dense weight (or some of its rows, from ``first_row`` on) can be quantised.
+    """Check that a dense weight can be quantised.
+
+    Args:
+        weight: shape (N, K), or some of its rows.
+        name: of the weight, for messages.
+        first_row: where those rows begin.
 
     Raises:
         FormatError: not a floating-point matrix, empty, or NaN or Inf in it; the message names it.
     """
     if weight.ndim != 2 or not weight.numel():
         raise FormatError(f"`{name}` has shape {tuple(weight.shape)}; expected (N, K), not empty.")
-    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if weight.dtype not in FLOAT_DTYPES:
         raise FormatError(f"`{name}` is {weight.dtype}; expected float16, bfloat16 or float32.")
     check_finite(weight, name, first_row)
 
 
 def check_finite(tensor: Tensor, name: str, first_row: int = 0) -> None:
-    """Check a tensor (or some of its rows, from ``first_row`` on) for NaN and Inf.
+    """Check a tensor for NaN and Inf.
+
+    Args:
+        tensor: of any shape and float dtype; it may be some of a larger one's rows.
+        name: of the tensor, for messages.
+        first_row: where those rows begin.
 
     Raises:
         FormatError: it holds some; the message counts them and gives the first position.

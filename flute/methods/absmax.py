@@ -87,6 +87,10 @@ def storable_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
     A scale at most 10 % beyond its finite range is clamped; codes chosen for it make up for that.
     Where scales vanish in ``dtype``, so do the weights of their groups: a warning says so.
 
+    Args:
+        scales: fp32, shape (N, K // group_size).
+        dtype: a 16-bit float, or fp32.
+
     Raises:
         FormatError: a scale is further out of range.
     """

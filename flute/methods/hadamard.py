@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def random_signs(n: int, seed: int) -> Tensor:
-    """Return n random signs, fp32, the same for a seed on any machine."""
+    """Return random signs, fp32, shape (n,), the same for a seed on any machine."""
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(2, (n,), generator=generator, dtype=torch.int64, device="cpu")
     return 2.0 * bits.float() - 1.0
@@ -44,5 +44,10 @@ def rotate_rows(matrix: Tensor, signs: Tensor) -> Tensor:
 
 
 def rotate_columns(matrix: Tensor, signs: Tensor) -> Tensor:
-    """Return ``R' @ matrix``: each column of (n, K), in stretches of ``len(signs)``, rotated."""
+    """Return ``R' @ matrix``: each column, in stretches of ``len(signs)``, rotated.
+
+    Args:
+        matrix: fp32 or fp64, shape (n, K).
+        signs: of R, shape (d,), where d divides n, as of `rotate_rows`.
+    """
     return rotate_rows(matrix.T.contiguous(), signs).T.contiguous()

@@ -80,6 +80,14 @@ def factored(
     Where rounding leaves the Hessian without such a factor, the damping is raised tenfold until it
     has one; a warning says so.
 
+    Args:
+        hessian: sum of x x' over a layer's inputs, fp32, shape (K, K).
+        damping: added to the diagonal, as a share of its mean.
+        name: of the layer, for messages.
+
+    Returns:
+        ``H`` and ``U``, both fp32, shape (K, K), and the damping.
+
     Raises:
         FormatError: not even a damping of ten times the diagonal's mean helps.
     """
