@@ -2,8 +2,9 @@
 
     product --> norm (inductor's) --> product --> ...     each starts before the one in front ends
 
-Our kernels always do that; inductor's norms and activations do it if it is told to. What makes that
-safe is written down in ARCHITECTURE.md ("Dependent launches in vLLM").
+Our kernels always do that; inductor's norms and activations do it where `FLUTE_VLLM_PDL=1` asks for
+it. What makes that safe, and what it gains, is written down in ARCHITECTURE.md ("Dependent launches
+in vLLM").
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ first, so that it waits before it reads or writes anything. Qwen3's norms of q a
 
 
 def launch_dependently(made: Any, architectures: list[str] | None) -> None:
-    """Let inductor's kernels launch dependently where that is known to be safe; never raises.
+    """Let inductor's kernels launch dependently if the environment asks for it; never raises.
 
     Args:
         made: the VllmConfig that is being made; None changes nothing.
@@ -39,16 +40,24 @@ def launch_dependently(made: Any, architectures: list[str] | None) -> None:
     asked = os.environ.get(ENVIRONMENT, "")
     if asked not in ("", "0", "1"):
         warnings.warn(
-            f"{ENVIRONMENT}={asked} is not heeded; expected 0 (off) or 1 (on for any model).",
+            f"{ENVIRONMENT}={asked} is not heeded; expected 0 (off) or 1 (on).",
             stacklevel=2,
         )
     if made is None or asked == "0" or not _is_possible():
         return
-    # Why: kernels of a draft model, or of adapters, take part in the same chain and were not read.
-    alone = made.speculative_config is None and made.lora_config is None
-    if asked == "1" or (alone and set(architectures or ()) & set(LOOKED_AT)):
-        made.compilation_config.inductor_compile_config.setdefault(OPTION, True)
-    if made.compilation_config.inductor_compile_config.get(OPTION):
+    options = made.compilation_config.inductor_compile_config
+    if asked == "1":
+        options.setdefault(OPTION, True)
+    if options.get(OPTION):
+        # Kernels of a draft model, or of adapters, take part in the same chain and were not read.
+        alone = made.speculative_config is None and made.lora_config is None
+        if not alone or not set(architectures or ()) & set(LOOKED_AT):
+            warnings.warn(
+                f"{OPTION} is on for a model whose kernels were not looked at (those of "
+                f"{', '.join(LOOKED_AT)} were, without speculation or LoRA). If its text is wrong, "
+                f"set {ENVIRONMENT}=0.",
+                stacklevel=2,
+            )
         # In this process and those that vLLM starts; the launchers are made there, later.
         os.environ.setdefault(EARLY_DEPENDENTS, "0")
 

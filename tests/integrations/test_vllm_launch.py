@@ -35,6 +35,7 @@ def gpu(monkeypatch):
     for name in (vllm_launch.ENVIRONMENT, EARLY_DEPENDENTS):
         monkeypatch.setenv(name, "")  # so that what is set is undone
         monkeypatch.delenv(name)
+    monkeypatch.setenv(vllm_launch.ENVIRONMENT, "1")
 
     def be(major, minor, is_cuda=True):
         platform = SimpleNamespace(
@@ -104,7 +105,7 @@ def test_a_cpu_is_left_alone(quantised, monkeypatch):
     assert option(made(quantised)) is None
 
 
-@pytest.mark.parametrize(("asked", "expected"), [("", True), ("1", True), ("0", False)])
+@pytest.mark.parametrize(("asked", "expected"), [("", False), ("1", True), ("0", False)])
 def test_what_the_user_says_of_the_option_stays(quantised, gpu, monkeypatch, asked, expected):
     """Neither value is replaced: the user's comes first, and the variable only adds it."""
     monkeypatch.setenv(vllm_launch.ENVIRONMENT, asked)
@@ -125,6 +126,7 @@ def test_norms_take_one_pass_with_dependent_launches(quantised, gpu, monkeypatch
 
 
 def test_choices_of_the_user_stay_and_need_dependent_launches(quantised, gpu):
+    """The user's option counts as much as the variable."""
     key = vllm_launch.CHOICES
     said = {"inductor_compile_config": {key: None}}
     config = made(quantised, compilation_config=said)
@@ -174,33 +176,38 @@ def test_rows_of_a_decoder_s_width_take_one_pass(values, hint, cooperative, expe
             assert choose(features, cooperative) is False
 
 
-def test_models_and_chains_that_were_not_looked_at_need_to_ask(quantised, gpu, monkeypatch):
-    others = {"speculative_config": NGRAM}, {"enable_lora": True}
-    for other in others:
-        assert option(made(quantised, **other)) is None
-    monkeypatch.setenv(vllm_launch.ENVIRONMENT, "1")
-    for other in others:
+@pytest.mark.parametrize("other", [{"speculative_config": NGRAM}, {"enable_lora": True}])
+def test_chains_that_were_not_looked_at_are_told_of(quantised, gpu, other):
+    with pytest.warns(UserWarning, match="were not looked at"):
         assert option(made(quantised, **other)) is True
 
 
-def test_other_architectures_need_to_ask(gpu, monkeypatch):
+def test_other_architectures_are_told_of(gpu):
     def told(architectures):
         compilation = SimpleNamespace(inductor_compile_config={})
         config = SimpleNamespace(
             compilation_config=compilation, speculative_config=None, lora_config=None
         )
-        vllm_launch.launch_dependently(config, architectures)
-        return vllm_launch.OPTION in compilation.inductor_compile_config
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            vllm_launch.launch_dependently(config, architectures)
+        assert compilation.inductor_compile_config[vllm_launch.OPTION] is True
+        return bool(seen)
 
-    assert told(["LlamaForCausalLM"])
-    assert told(["Qwen2ForCausalLM"])
-    assert not told(["Qwen3ForCausalLM"])
-    assert not told(["DeepseekV3ForCausalLM"])
-    assert not told(None)
-    monkeypatch.setenv(vllm_launch.ENVIRONMENT, "1")
+    assert not told(["LlamaForCausalLM"])
+    assert not told(["Qwen2ForCausalLM"])
+    assert told(["Qwen3ForCausalLM"])
     assert told(["DeepseekV3ForCausalLM"])
+    assert told(None)
     vllm_launch.launch_dependently(None, ["LlamaForCausalLM"])  # no VllmConfig was found
     vllm_launch.take_one_pass(None)
+
+
+def test_nothing_is_switched_on_unasked(quantised, gpu, monkeypatch):
+    monkeypatch.delenv(vllm_launch.ENVIRONMENT)
+    config = made(quantised)
+    assert (option(config), option(config, vllm_launch.CHOICES)) == (None, None)
+    assert early_dependents()
 
 
 def test_another_value_is_told_and_not_heeded(quantised, gpu, monkeypatch):
@@ -208,7 +215,7 @@ def test_another_value_is_told_and_not_heeded(quantised, gpu, monkeypatch):
     with pytest.warns(
         UserWarning, match=r"FLUTE_VLLM_PDL=yes is not heeded; expected 0 \(off\) or"
     ):
-        assert option(made(quantised)) is True
+        assert option(made(quantised)) is None
     monkeypatch.setenv(vllm_launch.ENVIRONMENT, "1")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
