@@ -30,7 +30,7 @@ LAYERS = (
     ("methods", "launchers", "timing", "model_shapes"),
     ("concat", "cuda", "precompile", "dense", "groups"),
     ("ops", "operands"),
-    ("linear", "tune", "calibration", "experts"),
+    ("linear", "dense_linear", "tune", "calibration", "experts"),
     ("training", "siblings", "fused", "guidance", "head_inputs"),
     ("blockwise",),
     ("checkpoint", "end_to_end"),
