@@ -32,7 +32,7 @@ LAYERS = (
     ("ops", "operands"),
     ("linear", "dense_linear", "tune", "calibration", "experts"),
     ("training", "siblings", "fused", "guidance", "head_inputs"),
-    ("blockwise",),
+    ("blockwise", "fused_model"),
     ("checkpoint", "end_to_end"),
     ("rotation",),
     ("model",),
