@@ -6,11 +6,14 @@
 `adopt` gives a model's large linear layers the class `DenseLinear`, which differs from theirs in
 how it is called. Parameters, state dicts and forwards stay as they are; a copy or a pickle is a
 `torch.nn.Linear` again. Nothing is kept between calls, so weights may be changed at any time.
+A weight that nothing else shares memory with is moved into large pages, which are read faster.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -97,6 +100,8 @@ def adopt(model: nn.Module) -> int:
         How many multiply so.
     """
     count = 0
+    tensors = chain(model.parameters(), model.buffers())  # a tied one is the same object: once
+    places = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors)
     for layer in model.modules():
         if type(layer) is nn.Linear and not library.why_not():
             weight = layer._parameters["weight"]
@@ -107,5 +112,20 @@ def adopt(model: nn.Module) -> int:
                 and weight.numel() >= MIN_WEIGHTS
             ):
                 layer.__class__ = DenseLinear
+                if places[weight.untyped_storage().data_ptr()] == 1:
+                    _move(weight)
         count += type(layer) is DenseLinear
     return count
+
+
+def _move(weight: Tensor) -> None:
+    """Move a weight into large pages, if it is all of its memory and no other process's too."""
+    data = weight.data
+    if (
+        type(data) is Tensor
+        and data.is_contiguous()
+        and data.nbytes == data.untyped_storage().nbytes()
+        and not data.is_shared()
+    ):
+        pages = library.large_pages(data.nbytes).view(data.dtype).view(data.shape)
+        weight.data = pages.copy_(data)

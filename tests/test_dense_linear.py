@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -214,6 +215,26 @@ def test_without_a_variant_torch_multiplies(monkeypatch, calls):
         monkeypatch.setenv("FLUTE_CPU_VARIANT", variant)
         assert torch.equal(ours(x_of(1)), own(x_of(1)))
     assert not calls
+
+
+def test_a_weight_is_moved_if_nothing_shares_its_memory():
+    both = torch.randn(2, 1024, 1024)
+    model = nn.ModuleList(nn.Linear(1024, 1024, bias=False) for _ in range(4))
+    model[0].weight.data, model[1].weight.data = both[0], both[1]
+    model[2].weight.data.share_memory_()
+    kept, before = copy.deepcopy(model), [layer.weight.data_ptr() for layer in model]
+    parameters = list(model.parameters())
+    assert adopt(model) == 4
+    moved = [layer.weight.data_ptr() != at for layer, at in zip(model, before, strict=True)]
+    assert moved == [False, False, False, True]
+    if sys.platform == "linux":
+        assert model[3].weight.data_ptr() % (2 << 20) == 0
+    for layer, own, parameter in zip(model, kept, parameters, strict=True):
+        assert torch.equal(layer.weight, own.weight)
+        assert layer.weight is parameter
+    at = model[3].weight.data_ptr()
+    assert adopt(model) == 4
+    assert model[3].weight.data_ptr() == at
 
 
 def tiny_model():
