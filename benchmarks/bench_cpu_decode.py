@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import copy
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -171,6 +172,7 @@ def main() -> None:
         "share_of_a_token": shares,
         "quantise_s": round(quantise_s, 1),
         "prepare_s": round(prepare_s, 2),
+        "load": [round(load, 1) for load in os.getloadavg()],  # of 1, 5 and 15 minutes
         "torch": torch.__version__,
     }
     print(json.dumps(record, indent=1))

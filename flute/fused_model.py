@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -107,7 +107,7 @@ class FusedModel(nn.Module):
         ):
             return None
         x = self.embed_tokens(input_ids)
-        if not is_plain_call(x):
+        if not x.is_cpu or not is_plain_call(x):
             return None
         whole = self._make_ready(x)
         growing = self._grow(past_key_values, x, whole) if whole is not None else None
@@ -286,8 +286,7 @@ def _agrees(model: FusedModel) -> bool | None:
     """
     whole, _ = _cache_classes()
     past = whole(config=model.config)
-    device = model.embed_tokens.weight.device
-    first, second = torch.tensor([[[0]], [[1]]], device=device) % len(model.embed_tokens.weight)
+    first, second = torch.tensor([[[0]], [[1]]]) % len(model.embed_tokens.weight)
     with torch.inference_mode():
         super(FusedModel, model).forward(input_ids=first, past_key_values=past, use_cache=True)
         other = copy.deepcopy(past)
@@ -319,8 +318,9 @@ def fuse_model(model: nn.Module) -> int:
             continue
         if f"{own.__module__}.{own.__name__}" not in _KINDS:
             continue
-        layers: Any = module.layers
-        if module.training or not all(isinstance(block, FusedBlock) for block in layers):
+        layers, weight = cast(Any, module.layers), cast(Any, module.embed_tokens).weight
+        are_fused = all(isinstance(block, FusedBlock) for block in layers)
+        if module.training or not are_fused or not weight.is_cpu:
             continue
         module.__class__ = fused_class(FusedModel, own)
         assert isinstance(module, FusedModel), "it was made one"

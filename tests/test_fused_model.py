@@ -352,6 +352,19 @@ def test_what_asks_for_more_gets_the_models_own_forward(way, taken):
     assert not taken
 
 
+def test_a_compiled_model_runs_its_own_forward(taken):
+    blocks, whole = both(num_hidden_layers=1)
+    cache, other = (DynamicCache(config=whole.config) for _ in range(2))
+    taken.clear()
+    compiled = torch.compile(whole.model, backend="eager")
+    with torch.no_grad():
+        for tokens in (ids(1, PROMPT), ids(1, 1)):
+            out = compiled(input_ids=tokens, past_key_values=cache, use_cache=True)
+            own = blocks.model(input_ids=tokens, past_key_values=other, use_cache=True)
+            assert_close(out.last_hidden_state, own.last_hidden_state)
+    assert not taken
+
+
 def test_hooks_of_the_model_itself_are_called(taken):
     _, whole = both()
     seen = []
