@@ -2,8 +2,9 @@
 
 A Llama of random weights (1.1 B: 22 layers, 2048, 5632, 32 heads of which 4 for keys, a vocabulary
 of 32,000) decodes one token after another, eagerly, in turns: the bf16 model, the quantised one,
-and that with its own decoder blocks instead of fused ones (`flute.fused`). With --head-bits a
-fourth takes turns with them, whose output head is quantised too (group 64); else heads are bf16.
+and that with its own decoder blocks and head (neither `flute.fused_model` nor
+`flute.dense_linear`). With --head-bits a fourth takes turns with them, whose output head is
+quantised too (group 64); else heads are bf16.
 With one thread time is that thread's on a CPU. --context says how many tokens there are before.
 
     python benchmarks/bench_cpu_decode.py --tokens 20 --threads 1 --bits 4 --head-bits 4
@@ -12,12 +13,13 @@ With one thread time is that thread's on a CPU. --context says how many tokens t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
-import itertools
 import json
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import flute
-from flute.fused import FusedBlock
+from flute.fused_model import FusedModel
 from flute.linear import LutLinear
 
 
@@ -68,42 +70,47 @@ def with_head(model: LlamaForCausalLM, head: torch.nn.Linear, num_bits: int) -> 
 
 
 def share_of_a_token(decode: Decoder, tokens: int, clock: Callable[[], float]) -> dict[str, float]:
-    """What fused blocks, or else quantised layers, and the head take of a model's tokens."""
+    """What all but the head, or else quantised layers, and the head take of a model's tokens."""
     model = decode.model
-    fused = [m for m in model.model.modules() if isinstance(m, FusedBlock)]
     parts = (
-        {"decoder blocks": fused}
-        if fused
+        {"all but the head": [model.model]}
+        if isinstance(model.model, FusedModel)
         else {"quantised layers": [m for m in model.model.modules() if isinstance(m, LutLinear)]}
     )
     parts["head"] = [model.lm_head]
-    spent = {name: time_layers(modules, clock) for name, modules in parts.items()}
-    start = clock()
-    for _ in range(tokens):
-        decode()
-    whole = clock() - start
-    for module in itertools.chain.from_iterable(parts.values()):
-        del module.forward
+    with contextlib.ExitStack() as stack:
+        spent = {
+            name: stack.enter_context(timed(modules, clock)) for name, modules in parts.items()
+        }
+        start = clock()
+        for _ in range(tokens):
+            decode()
+        whole = clock() - start
     share = {name: round(seconds[0] / whole, 3) for name, seconds in spent.items()}
     return {**share, "rest": round(1 - sum(share.values()), 3)}
 
 
-def time_layers(modules: Iterable[torch.nn.Module], clock: Callable[[], float]) -> list[float]:
-    """Time calls of modules from now on; the sum is in the list's only element."""
-    spent = [0.0]
+@contextlib.contextmanager
+def timed(modules: Sequence[torch.nn.Module], clock: Callable[[], float]) -> Iterator[list[float]]:
+    """Time calls of modules of one class; the sum is in the list's only element.
 
-    def wrap(forward: Callable[..., object]) -> Callable[..., object]:
-        def timed(*args: object, **kwargs: object) -> object:
-            start = clock()
-            out = forward(*args, **kwargs)
-            spent[0] += clock() - start
-            return out
+    Why by their class: a module with a hook or another forward takes another path.
+    """
+    spent, (kind,), chosen = [0.0], {type(m) for m in modules}, {id(m) for m in modules}
+    call, is_own = kind.__call__, "__call__" in vars(kind)
 
-        return timed
+    def timed_call(self: torch.nn.Module, *args: object, **kwargs: object) -> object:
+        start = clock()
+        out = call(self, *args, **kwargs)
+        spent[0] += clock() - start if id(self) in chosen else 0
+        return out
 
-    for module in modules:
-        module.forward = wrap(module.forward)
-    return spent
+    kind.__call__ = timed_call
+    yield spent
+    if is_own:
+        kind.__call__ = call
+    else:
+        del kind.__call__
 
 
 def main() -> None:
@@ -125,7 +132,7 @@ def main() -> None:
     flute.quantize_model(quantised, args.bits, 128, method="nf")
     quantise_s = time.perf_counter() - start
     unfused = copy.deepcopy(quantised)
-    flute.prepare(unfused, fused=False)
+    flute.prepare(unfused, fused=False, dense=False)
     start = time.perf_counter()
     flute.prepare(quantised)
     prepare_s = time.perf_counter() - start
@@ -165,6 +172,7 @@ def main() -> None:
         "share_of_a_token": shares,
         "quantise_s": round(quantise_s, 1),
         "prepare_s": round(prepare_s, 2),
+        "load": [round(load, 1) for load in os.getloadavg()],  # of 1, 5 and 15 minutes
         "torch": torch.__version__,
     }
     print(json.dumps(record, indent=1))

@@ -48,7 +48,7 @@ _TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Of what a block adds to x, run both ways, as a relative norm: roundings are not the same."""
 
 
-class _Parts(NamedTuple):
+class Parts(NamedTuple):
     """What a block is made of, and what tells that somebody has changed that."""
 
     attention: Any
@@ -107,7 +107,7 @@ class _Stack:
 class FusedBlock(nn.Module):
     """What is put in front of a block's own class."""
 
-    _parts: _Parts
+    parts: Parts
     _block: Block | None
     _stack: _Stack
     _index: int  # in the stack
@@ -152,7 +152,7 @@ class FusedBlock(nn.Module):
             and run.angles is angles
             and run.mask is mask
             and monotonic() < run.until
-            and not any(self._parts.hooks)
+            and not any(self.parts.hooks)
         )
         if not is_next:
             if not is_plain_call(x):
@@ -162,12 +162,12 @@ class FusedBlock(nn.Module):
                 return None
         block = self._block
         assert block is not None, "it is ready"
-        if (index == 0 or not is_next) and not _fit(block, x, angles, mask):
+        if (index == 0 or not is_next) and not fits(block, x, angles, mask):
             return None
         step = Step(block, x, angles)
         keys, values = step.keys, step.values
         if past_key_values is not None:
-            keys, values = past_key_values.update(keys, values, self._parts.attention.layer_idx)
+            keys, values = past_key_values.update(keys, values, self.parts.attention.layer_idx)
         out = step.finish(_as(keys, x), _as(values, x), mask)
         if is_next:
             stack.run = _Run(out, angles, mask, index + 1, monotonic() + _EXPIRES_S)
@@ -175,7 +175,7 @@ class FusedBlock(nn.Module):
 
     def is_ready(self, x: Tensor, environment: library.Environment) -> bool:
         """Tell whether nobody asks for more than the block's result; make it ready if need be."""
-        parts, block = self._parts, self._block
+        parts, block = self.parts, self._block
         attention = parts.attention
         if (
             (self.training and attention.attention_dropout)
@@ -186,7 +186,7 @@ class FusedBlock(nn.Module):
         if (
             block is None
             or block.dtype != x.dtype
-            or not block.holds(parts.parameters, environment)
+            or not block.held.are(parts.parameters, environment)
         ):
             self._block = block = _make_block(parts, x.dtype) if x.is_cpu else None
         return block is not None
@@ -199,19 +199,27 @@ class FusedBlock(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle it as a block of its own class."""
         state = {k: v for k, v in self.__dict__.items() if k not in _OWN}
-        return _blank, (type(self).__mro__[2],), state
+        return blank, (type(self).__mro__[2],), state
 
 
-_OWN = ("_parts", "_block", "_stack", "_index")
+_OWN = ("parts", "_block", "_stack", "_index")
 """Attributes that a block's own class lacks."""
 
 
-def _blank(kind: type[nn.Module]) -> nn.Module:
+def blank(kind: type[nn.Module]) -> nn.Module:
+    """Return a module of a class, with nothing in it: what copies and pickles begin with."""
     return kind.__new__(kind)
 
 
-def _fit(block: Block, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None) -> bool:
-    """Tell whether a step can be taken with these."""
+def fits(block: Block, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None) -> bool:
+    """Tell whether a step of `flute.cpu.block` can be taken with these.
+
+    Args:
+        block: made ready.
+        x: of any shape, dtype of the block.
+        angles: cosine and sine of the tokens' positions.
+        mask: as the model makes it for attention, or None.
+    """
     M = x.shape[0]
     if not 0 < M <= block.max_tokens or not x.is_contiguous() or x.ndim != 3:
         return False
@@ -240,7 +248,7 @@ def _as(past: Tensor, x: Tensor) -> Tensor:
     return past if past.stride(3) == 1 else past.contiguous()
 
 
-def _find_parts(block: nn.Module) -> _Parts | None:
+def _find_parts(block: nn.Module) -> Parts | None:
     """Return the parts of a block if all are what the library takes, else None."""
     attention, mlp = getattr(block, "self_attn", None), getattr(block, "mlp", None)
     if not isinstance(attention, nn.Module) or not isinstance(mlp, nn.Module):
@@ -267,10 +275,10 @@ def _find_parts(block: nn.Module) -> _Parts | None:
     hooks = tuple(h for child in children for h in (child._forward_hooks, child._forward_pre_hooks))
     parameters = tuple(module._parameters for module in (*lut, *found.values()))
     attributes = tuple(child.__dict__ for child in children)
-    return _Parts(attention, lut, found, parents, children, attributes, hooks, parameters)
+    return Parts(attention, lut, found, parents, children, attributes, hooks, parameters)
 
 
-def _make_block(parts: _Parts, dtype: torch.dtype) -> Block | None:
+def _make_block(parts: Parts, dtype: torch.dtype) -> Block | None:
     """Return a block made ready, or None if the library does not take it as it is."""
     attention = parts.attention
     q, k, gate = (parts.layers[PROJECTIONS.index(name)] for name in ("q", "k", "gate"))
@@ -305,7 +313,7 @@ def _make_block(parts: _Parts, dtype: torch.dtype) -> Block | None:
         norms[name] = Norm(weight, float(norm.variance_epsilon))  # type: ignore[arg-type]
     return Block(
         products,
-        parts.parameters[: len(PROJECTIONS)],
+        parts.parameters,
         norms,
         sizes,
         float(attention.scaling),
@@ -329,7 +337,7 @@ def _agrees(module: FusedBlock, dtype: torch.dtype) -> bool | None:
 
     None: the library does not take the block.
     """
-    block = _make_block(module._parts, dtype)
+    block = _make_block(module.parts, dtype)
     if block is None:
         return None
     hidden, _, _, groups, dim = block.sizes
@@ -348,8 +356,9 @@ def _agrees(module: FusedBlock, dtype: torch.dtype) -> bool | None:
 
 
 @cache
-def _fused_class(own: Any) -> Any:
-    return type(own.__name__, (FusedBlock, own), {"__module__": own.__module__})
+def fused_class(fused: type[nn.Module], own: Any) -> Any:
+    """Return a class that passes for its own, with another put in front of it."""
+    return type(own.__name__, (fused, own), {"__module__": own.__module__})
 
 
 def fuse(model: nn.Module) -> int:
@@ -374,9 +383,9 @@ def fuse(model: nn.Module) -> int:
         dtype = parts.norms["before"].weight.dtype
         assert isinstance(dtype, torch.dtype), "a norm's weight is a parameter"
         kind = (own, dtype, *((layer.in_features, layer.out_features) for layer in parts.layers))
-        module.__class__ = _fused_class(own)
+        module.__class__ = fused_class(FusedBlock, own)
         assert isinstance(module, FusedBlock), "it was made one"
-        module.__dict__.update(_parts=parts, _block=None, _stack=_Stack([module]), _index=0)
+        module.__dict__.update(parts=parts, _block=None, _stack=_Stack([module]), _index=0)
         if kind not in agree:
             agree[kind] = _agrees(module, dtype)
             if agree[kind] is False:

@@ -14,6 +14,8 @@ int flute_order(const struct weight *stored, uint8_t *codes, void *scales, int64
                 parallel_fn run);
 int flute_dequantise(const struct weight *w, int64_t first, int64_t last, int type, void *out, int variant,
                      parallel_fn run);
+int flute_dense(const struct dense_weight *w, const struct result *r, const struct tokens *t, int variant,
+                parallel_fn run);
 int flute_serial(int64_t first, int64_t last, int64_t grain, range_fn run, void *context);
 
 enum { N = 21, ROWS = 32 };
@@ -167,6 +169,44 @@ static void steps_of_a_block(int type, enum mask_kind kind) {
   free(scratch), free(past), free(x - 1), free(first);
 }
 
+/* A dense weight at an odd address, rows of which do not end with whole units, with a bias. */
+static void dense_products(int type, int64_t K) {
+  static const double tolerance[] = {[F32] = 1e-6, [BF16] = 5e-3, [F16] = 6e-4};
+  const size_t bytes = element_bytes(type), size = MAX_TOKENS * N * bytes;
+  char *data = malloc((size_t)(N * K) * bytes + 1), *x = malloc((size_t)(MAX_TOKENS * (K + 3)) * bytes);
+  char *outs = calloc((size_t)variants, size);
+  float bias[N];
+  data += 1;
+  for (int64_t i = 0; i < N * K; i++) store(data, i, type, uniform());
+  for (int64_t i = 0; i < MAX_TOKENS * (K + 3); i++) store(x, i, type, uniform());
+  fill(bias, N);
+  const struct dense_weight w = {data, N, K, type};
+  for (int64_t M = 1; M <= MAX_TOKENS; M++) {
+    const struct tokens t = {x, M, K + 3, type};
+    for (int v = variants - 1; v >= 0; v--) {
+      char *out = outs + (size_t)v * size;
+      const struct result r = {bias, out, F32};
+      double error = 0, norm = 0;
+      if (!flute_variant_usable(v)) continue;
+      int failed = flute_dense(&w, &r, &t, v, flute_serial);
+      for (int64_t m = 0; m < M; m++)
+        for (int64_t n = 0; n < N; n++) {
+          double sum = bias[n], got = load(out, m * N + n, type);
+          for (int64_t k = 0; k < K; k++)
+            sum += (double)load(x, m * (K + 3) + k, type) * load(data, n * K + k, type);
+          error += (sum - got) * (sum - got);
+          norm += sum * sum;
+        }
+      failed |= !(error <= tolerance[type] * tolerance[type] * norm);
+      failed |= memcmp(out, outs + (size_t)(variants - 1) * size, (size_t)(M * N) * bytes) != 0;
+      problems++;
+      failures += failed;
+      if (failed) printf("%s: dense, type %d K %d M %d\n", flute_variant_name(v), type, (int)K, (int)M);
+    }
+  }
+  free(data - 1), free(x), free(outs);
+}
+
 int main(void) {
   while (flute_variant_name(variants)) variants++;
   for (int v = 0; v < variants; v++)
@@ -178,6 +218,11 @@ int main(void) {
     }
   for (int type = F32; type <= F16; type++)
     for (enum mask_kind kind = NO_MASK; kind <= BOOLEAN; kind++) steps_of_a_block(type, kind);
+  for (int type = F32; type <= F16; type++) {
+    dense_products(type, 5);
+    dense_products(type, 96);
+    dense_products(type, 333);
+  }
   printf("%d problems, %d failures\n", problems, failures);
   return failures != 0;
 }

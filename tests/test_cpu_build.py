@@ -263,7 +263,7 @@ def test_the_library_needs_nothing_of_python_or_torch(tmp_path):
                 "immintrin",
                 "cpuid",
             ),
-            '""': ("lut", "variant", "block", "steps"),
+            '""': ("lut", "variant", "block", "steps", "rows"),
         }.items()
         for name in (*names, "arm_neon")
     }

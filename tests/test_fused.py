@@ -8,7 +8,8 @@ import warnings
 
 import pytest
 import torch
-from helpers import DTYPES, TINY, generator
+from decoding import LENGTH, PROMPT, assert_close, ids, logits, quantized
+from helpers import DTYPES, generator
 from torch import nn
 
 import flute
@@ -19,21 +20,6 @@ from flute.fused import FusedBlock
 transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
-VOCABULARY, PROMPT, LENGTH = TINY["vocab_size"], 6, 14
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 6e-3}
-"""Of logits, by two ways with the same products but other roundings."""
-
-
-def quantized(kind="llama", dtype=torch.float32, **changes):
-    """A quantised model with norms and biases that do something, not prepared yet."""
-    config = transformers.AutoConfig.for_model(kind, **{**TINY, "head_dim": 16, **changes})
-    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
-    rng = generator(7)
-    for parameter in model.parameters():
-        drawn = torch.randn(parameter.shape, generator=rng)
-        parameter.data = (drawn * 0.15 if parameter.ndim > 1 else 1 + drawn / 4).to(dtype)
-    flute.quantize_model(model, 4, 32, method="nf")
-    return model
 
 
 def both(kind="llama", dtype=torch.float32, **changes):
@@ -41,7 +27,8 @@ def both(kind="llama", dtype=torch.float32, **changes):
     own = quantized(kind, dtype, **changes)
     ours = copy.deepcopy(own)
     flute.prepare(own, fused=False)
-    flute.prepare(ours)
+    flute.prepare(ours, fused=False)
+    assert fused.fuse(ours) == len(ours.model.layers)
     assert not any(isinstance(block, FusedBlock) for block in own.modules())
     assert all(isinstance(block, FusedBlock) for block in ours.model.layers)
     return own, ours
@@ -61,28 +48,6 @@ def steps(monkeypatch):
 
     monkeypatch.setattr(fused, "Step", Counted)
     return count
-
-
-def ids(batch=1, length=LENGTH):
-    return torch.randint(0, VOCABULARY, (batch, length), generator=generator(batch, length))
-
-
-def logits(model, tokens, mask=None, cache=None, prompt=PROMPT):
-    """Of each token after a prompt, one at a time, (batch, tokens, vocabulary)."""
-    cache = cache or transformers.DynamicCache(config=model.config)
-    found = []
-    with torch.inference_mode():
-        for stop in range(prompt, tokens.shape[1] + 1):
-            now = tokens[:, :prompt] if stop == prompt else tokens[:, stop - 1 : stop]
-            mask_now = None if mask is None else mask[:, :stop]
-            out = model(now, attention_mask=mask_now, past_key_values=cache, use_cache=True)
-            found.append(out.logits[:, -1:])
-    return torch.cat(found[1:], 1)
-
-
-def assert_close(ours, own, dtype=torch.float32):
-    error = (ours - own).double().norm() / own.double().norm()
-    assert error < TOLERANCE[dtype], error
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -296,7 +261,7 @@ def test_changed_parameters_count(steps):
         assert not torch.equal(after, before), how
         assert_close(after, logits(own, tokens))
         before = after
-    flute.prepare(ours)
+    assert fused.fuse(ours) == 2
     steps.clear()
     assert torch.equal(logits(ours, tokens), before)
     assert len(steps) == 2 * (LENGTH - PROMPT)

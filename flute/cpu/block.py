@@ -6,16 +6,14 @@ Knows addresses and sizes, not modules: `flute.fused` finds them in a model.
 from __future__ import annotations
 
 import ctypes
-import operator
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flute.constant import Constant
 from flute.cpu import library
+from flute.cpu.held import Held
 from flute.cpu.ready import Ready
 from flute.cpu.structures import TYPES, Result, Weight
 
@@ -55,7 +53,9 @@ class Sizes(NamedTuple):
         )
 
 
-class _Norm(ctypes.Structure):
+class CNorm(ctypes.Structure):
+    """A norm: the address of its weight, and what is added."""
+
     _fields_ = (("weight", ctypes.c_void_p), ("eps", ctypes.c_float))
 
 
@@ -63,17 +63,19 @@ class _Block(ctypes.Structure):
     _fields_ = (
         ("weights", Weight * len(PROJECTIONS)),
         ("biases", Result * len(PROJECTIONS)),
-        ("before", _Norm),
-        ("after", _Norm),
-        ("q", _Norm),
-        ("k", _Norm),
+        ("before", CNorm),
+        ("after", CNorm),
+        ("q", CNorm),
+        ("k", CNorm),
         *((name, ctypes.c_int64) for name in Sizes._fields),
         ("scaling", ctypes.c_float),
         ("type", ctypes.c_int32),
     )
 
 
-class _Step(ctypes.Structure):
+class CStep(ctypes.Structure):
+    """A step: addresses, sizes, strides."""
+
     _fields_ = (
         ("x", ctypes.c_void_p),
         ("q", ctypes.c_void_p),
@@ -118,7 +120,7 @@ class Step:
         cosine, sine = angles
         self._kept = (q, angles)
         addresses = [t.data_ptr() for t in (x, q, self.keys, self.values, cosine, sine)]
-        self._step = _Step(*addresses, M, dim if cosine.shape[0] > 1 else 0)
+        self._step = CStep(*addresses, M, dim if cosine.shape[0] > 1 else 0)
         block.begin(self._step)
 
     def finish(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -161,7 +163,7 @@ class Block:
 
     Args:
         products: for each of `PROJECTIONS`, made ready for one token of the dtype.
-        layers: the parameters of the layer of each product, by name.
+        parameters: by name, of the layer of each product, then of each norm.
         norms: "before" attention and "after" it, contiguous and of the dtype; "q" and "k" of each
             head, or neither.
         sizes: that `Sizes.are_taken`.
@@ -172,7 +174,7 @@ class Block:
     def __init__(
         self,
         products: Mapping[str, Ready],
-        layers: Sequence[dict[str, Tensor | None]],
+        parameters: Sequence[dict[str, Tensor | None]],
         norms: Mapping[str, Norm],
         sizes: Sizes,
         scaling: float,
@@ -180,12 +182,8 @@ class Block:
     ) -> None:
         self.sizes, self.dtype = sizes, dtype
         self._products = [products[name] for name in PROJECTIONS]
-        self._moves, self._environment = Constant.moves, library.environment()
-        own = [parameter for layer in layers for parameter in layer.values()]
-        self._parameters = (*own, *(norm.weight for norm in norms.values()))
-        self._dense = [p for p in self._parameters if p is not None and not isinstance(p, Constant)]
-        self._dense_at = [tensor.data_ptr() for tensor in self._dense]
-        self._kept = [tensor.detach() for tensor in self._dense]
+        self.held = Held(parameters)
+        """What it knows the addresses of."""
         self._before = library.function("flute_block_before")
         self._after = library.function("flute_block_after")
         self.max_tokens = min(library.MAX_M, library.direct_m())
@@ -195,35 +193,21 @@ class Block:
             block.weights[i] = product.weight
             block.biases[i] = product.c_bias()
         for name, norm in norms.items():
-            setattr(block, name, _Norm(norm.weight.data_ptr(), norm.eps))
+            setattr(block, name, CNorm(norm.weight.data_ptr(), norm.eps))
         self._at = ctypes.byref(block)
         entry = self._products[0].call
-        self._numbers = (entry.variant, entry.exact, entry.run)
+        self.numbers = (entry.variant, entry.exact, entry.run)
+        """What every function of the library takes last: which variant, whether exact, a loop."""
 
-    def holds(
-        self, parameters: Iterable[dict[str, Tensor | None]], environment: library.Environment
-    ) -> bool:
-        """Tell whether what it was made of is still the same.
+    @property
+    def address(self) -> int:
+        """Where the structure is, as long as this lives."""
+        return ctypes.addressof(self._block)
 
-        Why so: calls that stay in C; a block's weights have just gone through the caches when
-        Python runs, so that each of its instructions takes several times as long as else.
-
-        Args:
-            parameters: by name, of the layer of each product, then of each norm as they were given.
-            environment: as it is now.
-        """
-        now = chain.from_iterable(map(dict.values, parameters))
-        return (
-            Constant.moves == self._moves
-            and all(map(operator.is_, now, self._parameters))
-            and list(map(Tensor.data_ptr, self._dense)) == self._dense_at
-            and environment == self._environment
-        )
-
-    def begin(self, step: _Step) -> None:
+    def begin(self, step: CStep) -> None:
         """Compute queries, keys and values."""
-        library.check(self._before(self._at, ctypes.byref(step), *self._numbers))
+        library.check(self._before(self._at, ctypes.byref(step), *self.numbers))
 
-    def finish(self, step: _Step) -> None:
+    def finish(self, step: CStep) -> None:
         """Compute the result."""
-        library.check(self._after(self._at, ctypes.byref(step), *self._numbers))
+        library.check(self._after(self._at, ctypes.byref(step), *self.numbers))

@@ -250,7 +250,7 @@ def order(weight: PackedWeight, exact: bool = False) -> tuple[Tensor, Tensor]:
     library, scales = _found(), weight.scales.contiguous()
     by_rows = is_by_rows(weight.table.shape[0], weight.table_ends)
     code_shape, scale_shape = order_shapes(weight.N, weight.K, weight.spec, by_rows)
-    codes = _large_pages(code_shape[0])
+    codes = large_pages(code_shape[0])
     # Filling is a step of torch's threads: 112 of them took 0.5 s where other work has the cores.
     is_filled = by_rows or weight.N % TILE_N == 0
     make = torch.empty if is_filled else torch.zeros  # rows that pad a tile
@@ -262,7 +262,7 @@ def order(weight: PackedWeight, exact: bool = False) -> tuple[Tensor, Tensor]:
     return codes, ordered
 
 
-def _large_pages(num_bytes: int) -> Tensor:
+def large_pages(num_bytes: int) -> Tensor:
     """Memory of its own, in pages of 2 MB where Linux has them: reading it misses the TLB less.
 
     Why not torch's: what it hands out again is in small pages already, and stays there.

@@ -181,6 +181,7 @@ INLINE void dense(const struct tiles *a, int64_t k, float out[UNIT][TILE], const
 
 #define MOST_TOKENS 4
 #define WIDTH 8
+#define F16_AT(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
 #include "variant.h"
 
 #ifdef __clang__
@@ -195,7 +196,7 @@ static int usable(void) {
 
 const struct variant flute_avx2 = {.name = "avx2", .usable = usable, .max_tokens = MOST_TOKENS, .order = BY_BYTES_AND_PAIRS,
     .fixed = any_fixed, .exact = any_exact, .dense = any_dense, .token = any_token, .nearest = any_nearest,
-    .halves = NULL, .steps = &all_steps};
+    .halves = NULL, .row = any_row, .steps = &all_steps};
 #else
 typedef int not_empty;
 #endif

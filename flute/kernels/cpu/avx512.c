@@ -237,6 +237,7 @@ static void any_halves(const struct tiles *a, int rows, int type, uint16_t *out)
 }
 
 #define WIDTH 16
+#define F16_AT(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
 #include "variant.h"
 
 #ifdef __clang__
@@ -250,7 +251,7 @@ static int usable(void) {
 
 const struct variant flute_avx512 = {.name = "avx512", .usable = usable, .max_tokens = MOST_TOKENS, .order = BY_HALVES,
     .fixed = any_fixed, .exact = any_exact, .dense = any_dense, .token = any_token, .nearest = any_nearest,
-    .halves = any_halves, .steps = &all_steps};
+    .halves = any_halves, .row = any_row, .steps = &all_steps};
 #else
 typedef int not_empty;
 #endif

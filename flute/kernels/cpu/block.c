@@ -122,3 +122,49 @@ int flute_block_after(const struct block *b, const struct step *s, int variant, 
   free(memory);
   return error;
 }
+
+/* Put a token's keys or values, (M * groups, dim), at the end of those before. */
+static void append(const void *from, void *to, int64_t rows, int64_t place, int64_t capacity, size_t bytes) {
+  for (int64_t i = 0; i < rows; i++)
+    memcpy((char *)to + (size_t)(i * capacity + place) * bytes, (const char *)from + (size_t)i * bytes, bytes);
+}
+
+/* Run blocks one after another; of the step `x`, `out`, angles, mask, M and length are given, and the
+   length counts the new token. Returns as flute_multiply does. */
+int flute_blocks(const struct blocks *all, const struct step *given, int variant, int exact, parallel_fn run) {
+  const struct block *b = all->each[0];
+  const int64_t M = given->M, size = M * b->groups * all->capacity * b->dim;
+  const size_t bytes = element_bytes(b->type), row_bytes = (size_t)b->dim * bytes;
+  const size_t x_bytes = (size_t)(M * b->hidden) * bytes, kv_bytes = (size_t)(M * b->groups) * row_bytes;
+  size_t q_bytes = 0;
+  for (int64_t i = 0; i < all->count; i++) {
+    const size_t of = (size_t)(M * all->each[i]->heads) * row_bytes;
+    q_bytes = of > q_bytes ? of : q_bytes;
+  }
+  char *memory = malloc(2 * x_bytes + 2 * kv_bytes + q_bytes);
+  if (!memory) return 1;
+  char *now = memory, *next = now + x_bytes, *k = next + x_bytes, *v = k + kv_bytes;
+  struct step s = *given;
+  int error = 0;
+  s.q = v + kv_bytes, s.k = k, s.v = v;
+  for (int64_t i = 0; i < all->count && !error; i++) {
+    b = all->each[i];
+    char *keys = (char *)all->past + (size_t)(2 * i * size) * bytes, *values = keys + (size_t)size * bytes;
+    s.out = next;
+    error = flute_block_before(b, &s, variant, exact, run);
+    append(k, keys, M * b->groups, s.length - 1, all->capacity, row_bytes);
+    append(v, values, M * b->groups, s.length - 1, all->capacity, row_bytes);
+    s.keys = (struct past){keys, {b->groups * all->capacity * b->dim, all->capacity * b->dim, b->dim}};
+    s.values = s.keys;
+    s.values.data = values;
+    if (!error) error = flute_block_after(b, &s, variant, exact, run);
+    s.x = next;
+    next = now;
+    now = s.out;
+  }
+  for (int64_t m = 0; m < M && !error; m++)
+    flute_variants[variant]->steps->norm(&all->last, row(now, m, b->hidden, b->type),
+                                         row(given->out, m, b->hidden, b->type), b->hidden, b->type);
+  free(memory);
+  return error;
+}

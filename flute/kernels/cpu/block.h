@@ -10,7 +10,10 @@
    value that a framework would hold in a tensor is rounded to it; sums are of fp32. They have 16
    parts, added in one order, so results are the same for all variants and numbers of threads.
 
-   block.c    the two entry points        steps.h    what is between products, for each variant
+   flute_blocks runs all blocks of a model so, one after another, and normalises the last result; keys and
+   values lie in memory that it puts the new ones into.
+
+   block.c    the entry points            steps.h    what is between products, for each variant
 
    All this is what LlamaDecoderLayer of transformers and its relatives compute; q and k may be
    normalised a head at a time (Qwen3), and products may have biases (Qwen2). */
@@ -54,6 +57,16 @@ struct step {
   int64_t mask_stride;
   void *out;               /* (M, hidden) */
   int32_t mask_kind;       /* BOOLEAN: bytes, 0 where there is nothing to attend to; ADDED: of the type */
+};
+
+/* Blocks one after another. Keys and values are (count, 2, M, groups, capacity, dim): of each block its
+   keys, then its values; the new token is the last of `length`. */
+struct blocks {
+  const struct block *const *each; /* of the same hidden, groups, dim and type */
+  int64_t count;
+  void *past;
+  int64_t capacity;
+  struct norm last;
 };
 
 /* Steps of one row or head, of n elements; n and dim are multiples of 16. */

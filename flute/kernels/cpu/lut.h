@@ -7,6 +7,7 @@
    scalar.c avx2.c avx512.c neon.c    one tile by the instructions of one kind of CPU
    variant.h    what each of those ends with: instances by bits and tokens, tokens in fixed point
    block.c block.h steps.h    a transformer's block, for a token each: products and what is between
+   dense.c rows.h    products with a dense weight
    quantise.c   nearest entries, and the scales of least squared error
 
    Tile order, for one table, or one per range of whole tiles. 16 rows make a tile; K is padded with
@@ -50,6 +51,7 @@
 #define TABLE_LIMIT 4095  /* |entry| in fixed point */
 #define MAX_TOKENS 8      /* that share a decoded weight */
 #define MAX_CALL 32       /* of one call: a tile and their integers stay in the L2 */
+#define DENSE_UNIT 32     /* columns of a dense weight that are multiplied at a time */
 #define HEADER 192        /* bytes before the codes */
 #define HEADER_EXACT 128  /* where among them */
 #define TABLE_TOLERANCE 3e-4 /* relative norm of a table's rounding; nf at 4 bits: 1.9e-4 */
@@ -80,6 +82,20 @@ struct result {
   const void *bias;  /* (N,) or NULL */
   void *out;         /* (M, N), of the type of x */
   int32_t bias_type;
+};
+
+/* A weight that is not quantised. */
+struct dense_weight {
+  const void *data; /* (N, K) */
+  int64_t N, K;
+  int32_t type;
+};
+
+/* What a kernel needs to know of a dense weight and its tokens. */
+struct dense_rows {
+  const float *x; /* (units, M, 32), zeros past K; of bf16 a unit's even columns come first */
+  int64_t M, K;
+  int type;
 };
 
 /* What a kernel needs to know of its tile. */
@@ -113,6 +129,9 @@ typedef int (*token_fn)(const struct tiles *a, const void *from, int type, float
 typedef void (*nearest_fn)(const float *weight, int64_t length, float divisor, const float *bounds,
                            const uint8_t *order, int entries, uint8_t *codes);
 
+/* sums[token] = a row of a dense weight times each token. */
+typedef void (*row_fn)(const struct dense_rows *a, const char *row, float *sums);
+
 /* In which order of a unit's codes a variant's fixed_x is; see order_x. */
 enum x_order { AS_CODES, BY_BYTES, BY_BYTES_AND_PAIRS, BY_HALVES };
 
@@ -128,6 +147,7 @@ struct variant {
   token_fn token;
   nearest_fn nearest;
   half_fn halves;              /* NULL: by `dense` */
+  row_fn row;
   const struct steps *steps;   /* of a decoder block: block.h */
 };
 

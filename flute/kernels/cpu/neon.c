@@ -111,13 +111,14 @@ INLINE void dense(const struct tiles *a, int64_t k, float out[UNIT][TILE], const
 
 #define MOST_TOKENS 4
 #define WIDTH 4
+#define F16_AT(p) vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8((const uint8_t *)(p))))
 #include "variant.h"
 
 static int usable(void) { return 1; }
 
 const struct variant flute_neon = {.name = "neon", .usable = usable, .max_tokens = MOST_TOKENS, .order = BY_BYTES,
     .fixed = any_fixed, .exact = any_exact, .dense = any_dense, .token = any_token, .nearest = any_nearest,
-    .halves = NULL, .steps = &all_steps};
+    .halves = NULL, .row = any_row, .steps = &all_steps};
 #else
 typedef int not_empty;
 #endif

@@ -72,4 +72,4 @@ static int always(void) { return 1; }
 
 const struct variant flute_scalar = {.name = "scalar", .usable = always, .max_tokens = MOST_TOKENS, .order = AS_CODES,
     .fixed = any_fixed, .exact = any_exact, .dense = any_dense, .token = any_token, .nearest = any_nearest,
-    .halves = NULL, .steps = &all_steps};
+    .halves = NULL, .row = any_row, .steps = &all_steps};

@@ -3,8 +3,10 @@
        fixed(a, sums, bits, tokens), exact(a, sums, bits, tokens), dense(a, k, out, bits)
        MOST_TOKENS    it takes in one pass: 4 or 8
        WIDTH          floats of a vector
+       F16_AT(p)      as many of fp16 from p on, if there are instructions for it
 
-   in which bits and tokens are constants once inlined. It defines all_steps (steps.h) besides. */
+   in which bits and tokens are constants once inlined. It defines all_steps (steps.h) and any_row
+   (rows.h) besides. */
 #include <math.h>
 
 #define INSTANCES(NAME, BITS)                                                  \
@@ -98,3 +100,4 @@ static void any_nearest(const float *weight, int64_t length, float divisor, cons
 }
 
 #include "steps.h"
+#include "rows.h"
