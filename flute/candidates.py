@@ -144,9 +144,9 @@ def _preferred(problem: Problem, gpu: Gpu) -> list[Changes]:
     if m > 1 and 1 < tiles_per_sm < 2.5 and k > 8192 and tested and not tight:
         # 4096 x 14336, 3 bits, M = 2 / 4 / 8: 10.4 / 11.5 / 13.3 us, as below 11.7 / 12.3 / 13.6.
         long = {**wide, "panel": 4, "tiles": 2, "stages": 2}
-        in_one = [(1, {**long, "part": 4, **(mixed if m <= 2 else {})})]
-        streamed = [(1, {**long, "part": 2, "x_source": "streamed"})]
-        return in_one + streamed if m <= {4: 1, 3: 4, 2: 2}[num_bits] else streamed
+        ahead = (1, {**long, "part": 2, "x_source": "streamed"})
+        whole = (1, {**long, "part": 4, **(mixed if m <= 2 else {})})
+        return [whole, ahead] if m <= {4: 1, 3: 4, 2: 2}[num_bits] else [ahead]
     if m > 1 and tiles_per_sm < 2.5:
         # One tile block: x comes a round ahead of its use, and is never read again.
         return [
