@@ -170,7 +170,7 @@ def _most_clusters(cluster: int, num_sms: int) -> int:
 
 
 # Model of a kernel's time (H200, fp16, group 128, 2026-11-22; fitted to what `flute tune` timed on
-# eight shapes): microseconds that 1,000 k of 64 rows take with all warpgroups busy, by tokens; and
+# seven shapes): microseconds that 1,000 k of 64 rows take with all warpgroups busy, by tokens; and
 # what 1, 2, ... busy ones take of that.
 _UNIT_US = {8: 1.13, 16: 1.17, 24: 1.29, 32: 1.4, 48: 2.0, 64: 1.95} | {
     96: 2.62,
