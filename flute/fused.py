@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import chain, repeat
 from time import monotonic
@@ -31,6 +31,7 @@ from flute.cpu import library
 from flute.cpu.block import PROJECTIONS, Block, Norm, Sizes, Step
 from flute.cpu.ready import Ready
 from flute.cpu.structures import TYPES
+from flute.front import Front, put, take_away
 from flute.linear import LutLinear
 from flute.ops import is_plain_call
 
@@ -104,9 +105,11 @@ class _Stack:
         return len(sizes) == 1
 
 
-class FusedBlock(nn.Module):
+class FusedBlock(Front):
     """What is put in front of a block's own class."""
 
+    OWN = ("parts", "_block", "_stack", "_index")
+    MADE = "_block"
     parts: Parts
     _block: Block | None
     _stack: _Stack
@@ -190,25 +193,6 @@ class FusedBlock(nn.Module):
         ):
             self._block = block = _make_block(parts, x.dtype) if x.is_cpu else None
         return block is not None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Move everything, and let go of the memory where it was."""
-        self._block = None
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle it as a block of its own class."""
-        state = {k: v for k, v in self.__dict__.items() if k not in _OWN}
-        return blank, (type(self).__mro__[2],), state
-
-
-_OWN = ("parts", "_block", "_stack", "_index")
-"""Attributes that a block's own class lacks."""
-
-
-def blank(kind: type[nn.Module]) -> nn.Module:
-    """Return a module of a class, with nothing in it: what copies and pickles begin with."""
-    return kind.__new__(kind)
 
 
 def fits(block: Block, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None) -> bool:
@@ -356,11 +340,6 @@ def _agrees(module: FusedBlock, dtype: torch.dtype) -> bool | None:
 
 
 @cache
-def fused_class(fused: type[nn.Module], own: Any) -> Any:
-    """Return a class that passes for its own, with another put in front of it."""
-    return type(own.__name__, (fused, own), {"__module__": own.__module__})
-
-
 def fuse(model: nn.Module) -> int:
     """Let the decoder blocks of a model take single tokens by two calls of the library each.
 
@@ -383,9 +362,9 @@ def fuse(model: nn.Module) -> int:
         dtype = parts.norms["before"].weight.dtype
         assert isinstance(dtype, torch.dtype), "a norm's weight is a parameter"
         kind = (own, dtype, *((layer.in_features, layer.out_features) for layer in parts.layers))
-        module.__class__ = fused_class(FusedBlock, own)
+        put(FusedBlock, module, parts=parts, _block=None, _index=0)
         assert isinstance(module, FusedBlock), "it was made one"
-        module.__dict__.update(parts=parts, _block=None, _stack=_Stack([module]), _index=0)
+        module.__dict__["_stack"] = _Stack([module])
         if kind not in agree:
             agree[kind] = _agrees(module, dtype)
             if agree[kind] is False:
@@ -397,9 +376,7 @@ def fuse(model: nn.Module) -> int:
         if agree[kind]:
             count += 1
         else:
-            module.__class__ = own
-            for name in _OWN:
-                del module.__dict__[name]
+            take_away(module)
     for parent in model.modules():
         blocks = [child for child in parent.children() if isinstance(child, FusedBlock)]
         stack = _Stack(blocks)

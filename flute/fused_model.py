@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
-from collections.abc import Callable
 from functools import cache
 from itertools import chain
 from typing import Any, NamedTuple, cast
@@ -30,7 +29,8 @@ from flute.cpu import library
 from flute.cpu.block import Norm
 from flute.cpu.held import Held
 from flute.cpu.stack import Past, Stack
-from flute.fused import ARCHITECTURES, FusedBlock, Parts, blank, fits, fused_class
+from flute.front import Front, put, take_away
+from flute.fused import ARCHITECTURES, FusedBlock, Parts, fits
 from flute.ops import is_plain_call
 
 _KINDS = {
@@ -65,9 +65,11 @@ class _Growing(NamedTuple):
     views: tuple[Tensor, ...]  # keys and values of each in turn
 
 
-class FusedModel(nn.Module):
+class FusedModel(Front):
     """What is put in front of a model's own class."""
 
+    OWN = ("_whole", "_growing")
+    MADE = "_whole"
     config: Any  # this and what follows are its own class's
     embed_tokens: Any
     layers: Any
@@ -164,19 +166,7 @@ class FusedModel(nn.Module):
             growing = _Growing(Past(now[::2], now[1::2]), tuple(cache.layers), now)
         return growing
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Move everything, and let go of the memory where it was."""
-        self._whole = None
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle it as a model of its own class."""
-        state = {k: v for k, v in self.__dict__.items() if k not in _OWN}
-        return blank, (type(self).__mro__[2],), state
-
-
-_OWN = ("_whole", "_growing")
-"""Attributes that a model's own class lacks."""
 _IS_TRAINING = operator.attrgetter("training")
 _COMPILED = operator.attrgetter("_compiled_call_impl")
 _KEYS_AND_VALUES = operator.attrgetter("keys", "values")
@@ -322,9 +312,8 @@ def fuse_model(model: nn.Module) -> int:
         are_fused = all(isinstance(block, FusedBlock) for block in layers)
         if module.training or not are_fused or not weight.is_cpu:
             continue
-        module.__class__ = fused_class(FusedModel, own)
+        put(FusedModel, module, _whole=None, _growing=WeakKeyDictionary())
         assert isinstance(module, FusedModel), "it was made one"
-        module.__dict__.update(_whole=None, _growing=WeakKeyDictionary())
         agrees = _agrees(module)
         if agrees is False:
             warnings.warn(
@@ -335,7 +324,5 @@ def fuse_model(model: nn.Module) -> int:
         if agrees:
             count += 1
         else:
-            module.__class__ = own
-            for name in _OWN:
-                del module.__dict__[name]
+            take_away(module)
     return count

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "flute"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("errors", "version"),
-    ("constant", "format", "bof"),
+    ("constant", "format", "bof", "front"),
     ("tables", "pack", "jit"),
     ("kernel_order", "reference"),
     ("config",),
