@@ -49,7 +49,7 @@ FLOOR = 1e-3
 def averaged(records: Iterable[Record]) -> list[Record]:
     """Return one record per model, text, method, bits, group and tokens: the mean over seeds.
 
-    "spread" is the standard deviation over seeds, 0 where there is one.
+    "spread" is the standard deviation over seeds, 0 where there is one; "commits" are all of theirs.
     """
     keys = ("model", "text", "method", "bits", "group", "tokens")
     cases: dict[tuple[Any, ...], list[Record]] = {}
@@ -61,7 +61,8 @@ def averaged(records: Iterable[Record]) -> list[Record]:
         means = {name: fmean(r[name] for r in same) for name in names}
         losses = [r["dloss"] for r in same]
         spread = stdev(losses) if len(losses) > 1 else 0.0
-        out.append({**same[0], **means, "spread": spread, "seeds": len(same)})
+        commits = list(dict.fromkeys(r["commit"] or "?" for r in same))
+        out.append({**same[0], **means, "spread": spread, "seeds": len(same), "commits": commits})
     return out
 
 
@@ -107,7 +108,7 @@ def markdown(records: Sequence[Record], model: str, text: str, group: int = TABL
             rows.append([method, *cells])
     lines = [f"| {' | '.join(row)} |" for row in rows]
     dense = next(r for r in means if r["kind"] == "dense")
-    commits = ", ".join(dict.fromkeys(r["commit"] or "?" for r in means))
+    commits = ", ".join(dict.fromkeys(commit for r in means for commit in r["commits"]))
     about = (
         "Loss over bf16 in nats per token, ± its standard error over the windows (share of "
         "`nf`'s), and KL divergence from bf16; group "
@@ -146,7 +147,8 @@ def plot(records: Sequence[Record], path: Path) -> None:
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     groups = ", ".join(f"{SHAPES[g]} {g}" for g in sorted({r["group"] for r in means}))
-    commits = ", ".join(dict.fromkeys(f"{r['commit'] or '?'} ({r['date']})" for r in means))
+    dated = (f"{commit} ({r['date']})" for r in means for commit in r["commits"])
+    commits = ", ".join(dict.fromkeys(dated))
     figure.suptitle(
         f"Loss over bf16 against size of the linear layers; group: {groups}; line: Pareto front; "
         "methods of one size side by side, the worst first; bars: standard error over windows; "
