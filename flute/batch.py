@@ -182,9 +182,6 @@ _SPLIT_K_US = {8: 1.25, 16: 1.28, 24: 1.51, 32: 1.66, 48: 2.12, 64: 2.43}  # all
 _BUSY = {4: (1.53, 2.29, 3.45, 4.0), 3: (1.41, 2.24, 3.64), 2: (1.13, 1.99)}
 _BUSY_WIDE = (1.65, 2.27, 3.5, 4.0)  # from 96 tokens on
 _CLUSTER_US = {1: (0.0, 0.0), 2: (2.13, 0.04), 4: (3.5, 0.08), 8: (6.0, 0.1)}  # and per token
-_PARTLY = 1.09
-"""What a kernel takes more where its last token tile is filled in part: 4096 x 4096, 2 bits, in two
-tiles of 128, 32 us for 192 tokens and 19 for 256 (not yet understood)."""
 
 
 def predicted_us(plan: BatchPlan, m: int, n: int, k: int, gpu: Gpu) -> float:
@@ -198,7 +195,6 @@ def predicted_us(plan: BatchPlan, m: int, n: int, k: int, gpu: Gpu) -> float:
         gpu: where it runs.
     """
     c = plan.config
-    partly = _PARTLY if m > c.tokens and m % c.tokens else 1.0
     tiles, blocks = -(-m // c.tokens), -(-n // BLOCK_N)
     units = -(-blocks * tiles // _most_clusters(c.cluster, gpu.num_sms))
     if c.split_k:
@@ -208,15 +204,14 @@ def predicted_us(plan: BatchPlan, m: int, n: int, k: int, gpu: Gpu) -> float:
         exchange = 2.5 + 0.1 * c.tokens if c.cluster > 1 else 0.0
         more_x = 0.02 * max(0, m - c.tokens)  # 4096 x 4096: 12.1 us at 64 tokens, 13.6 at 128
         each = exchange + rounds / 1000 * _SPLIT_K_US[c.tokens]
-        return partly * (1.5 + 0.5 * passes + more_x + units * each)
+        return 1.5 + 0.5 * passes + more_x + units * each
     busy = _BUSY_WIDE if c.tokens >= 96 and c.warpgroups == 4 else _BUSY[c.warpgroups]
     full, rest = divmod(units, -(-units // c.warpgroups))
     passes = -(-units // c.warpgroups)
     share = rest * busy[full] if rest else 0.0
     share += (passes - rest) * busy[full - 1]
     exchange = _CLUSTER_US[c.cluster][0] + _CLUSTER_US[c.cluster][1] * c.tokens
-    us = 3 + exchange * passes + share * k / c.cluster / 1000 * _UNIT_US[c.tokens]
-    return partly * us
+    return 3 + exchange * passes + share * k / c.cluster / 1000 * _UNIT_US[c.tokens]
 
 
 def candidates(problem: Problem, gpu: Gpu) -> list[BatchPlan]:

@@ -63,7 +63,7 @@ FLUTE_DEVICE void produce_x(const BatchParams& p, Passes<D> passes, const Panels
       for (int j = 0; j < D::kXPanel; j++)
         ptx::cp_async_bulk_tensor(smem + stage * D::kXStageBytes + j * D::kXChunkBytes, p.x_map,
                                   (panels.begin * D::kPanel + i * D::kXPanel + j) * 64,
-                                  passes.token_tile * D::kTokens, x_full + stage * 8);
+                                  first_token<D>(p, passes.token_tile), x_full + stage * 8);
       if (++stage == D::kXStages) {
         stage = 0;
         parity ^= 1;

@@ -50,6 +50,13 @@ struct Passes {
   }
 };
 
+// First token of a tile. Why the last tile overlaps the one before: the part of a box past M is slow.
+// Both write the same bits to the tokens that they share.
+template <class D>
+FLUTE_DEVICE int first_token(const BatchParams& p, int token_tile) {
+  return max(0, min(token_tile * D::kTokens, p.shape_m - D::kTokens));
+}
+
 // Panels of K of this block: a rank's share of the cluster's.
 struct Panels {
   int begin, count;

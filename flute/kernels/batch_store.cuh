@@ -1,7 +1,7 @@
 // From warpgroups' sums to `out`: transposed through shared memory, summed over a cluster's ranks
 // and the warpgroups that split K, in their order, scaled (one scale per row), biased, rounded.
 #pragma once
-#include "batch_traits.cuh"
+#include "batch_schedule.cuh"
 #include "hopper.cuh"
 #include "store_rows.cuh"
 
@@ -30,9 +30,10 @@ struct Epilogue {
   FLUTE_DEVICE void run(const float (&acc)[kAcc], int block, int token_tile) {
     const int g = lane >> 2, q = lane & 3, row = thread % 128 / 32 * 16 + g;
     const u32 own = partials + (D::kSplitK ? warpgroup * D::kPartialBytes : 0);
+    const int begin = first_token<D>(p, token_tile);
 #pragma unroll
     for (int slab = 0; slab < D::kTokens / D::kSlab; slab++) {
-      if (token_tile * D::kTokens + slab * D::kSlab >= p.shape_m) break;
+      if (begin + slab * D::kSlab >= p.shape_m) break;
       if constexpr (D::kCluster > 1)  // the other ranks have read the last slab
         ptx::mbarrier_wait_cluster(read, parity ^ 1);
 #pragma unroll
@@ -54,7 +55,7 @@ struct Epilogue {
       const int first = D::kCluster > 1 ? thread * D::kCluster + static_cast<int>(rank) : thread;
 #pragma unroll 1
       for (int i = first; i < D::kSlab * 8; i += D::kGroupThreads * D::kCluster)
-        store(i, block, token_tile * D::kTokens + slab * D::kSlab + i / 8);
+        store(i, block, begin + slab * D::kSlab + i / 8);
       sync();
       if constexpr (D::kCluster > 1) {
         arrive(read);
