@@ -14,12 +14,12 @@ import pytest
 import torch
 from helpers import relative_error
 
-from flute import cuda, launchers
+from flute import batch, cuda, launchers
 from flute.device import gpu_of
 from flute.format import PackedWeight, QuantSpec
 from flute.jit.cache import load_or_compile
 from flute.kernel_order import order_codes, order_scales
-from flute.plans import BatchPlan, DensePlan, KernelPlan, Plan, SplitPlan
+from flute.plans import BatchPlan, DensePlan, KernelPlan, Plan, SplitPlan, plans_of
 
 CUDA = torch.device("cuda", 0)
 COUNT = int(os.environ.get("FLUTE_RANDOM_PROBLEMS", "600"))
@@ -158,3 +158,31 @@ def test_other_ways_agree(plan, monkeypatch):
         kind = rng.choice(kinds)
         M, N, K = random_sizes(rng, kind[0])
         assert check(kind, max(M, 17), N, min(K, 2048) if K % 256 == 0 else K, "", i) == ""
+
+
+@pytest.mark.parametrize("tokens", [48, 64, 96, 128, 192, 256])
+def test_a_last_tile_of_tokens_overlaps_the_one_before(tokens, monkeypatch):
+    """Whatever part of the last tile is left, in every kind of kernel that has such tiles."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the batch kernel needs wgmma")
+    rng = random.Random(tokens)
+    splits = Counter()
+
+    def choose(problem, ends, gpu):
+        plans = [p for p in plans_of(problem, gpu) if isinstance(p, BatchPlan)]
+        plans += batch.candidates(problem._replace(m=tokens), gpu)  # whose tiles are as large
+        found = [p for p in plans if p.config.tokens == tokens]
+        by_kind = {(p.config.cluster, p.config.split_k): p for p in reversed(found)}
+        plan = rng.choice(list(by_kind.values()))
+        splits[plan.config.cluster > 1, plan.config.split_k] += 1
+        return plan
+
+    monkeypatch.setattr(launchers, "choose", choose)
+    monkeypatch.setattr(launchers, "_products", {})
+    kinds = [random_kind(rng) for _ in range(3)]
+    for i, rest in enumerate((1, 7, 8, 9, tokens // 2, tokens - 1)):
+        kind = rng.choice(kinds)
+        _, N, K = random_sizes(rng, kind[0])
+        for special in ("", "identity", "nan"):
+            assert check(kind, tokens * rng.choice((1, 2)) + rest, N, K, special, i) == ""
+    assert len(splits) > 1
