@@ -169,19 +169,20 @@ def _most_clusters(cluster: int, num_sms: int) -> int:
     return int(num_sms * share) // cluster
 
 
-# Model of a kernel's time (H200, fp16, group 128, 2026-11-22; fitted to what `flute tune` timed on
-# seven shapes): microseconds that 1,000 k of 64 rows take with all warpgroups busy, by tokens; and
-# what 1, 2, ... busy ones take of that.
-_UNIT_US = {8: 1.13, 16: 1.17, 24: 1.29, 32: 1.4, 48: 2.0, 64: 1.95} | {
-    96: 2.62,
-    128: 3.2,
-    192: 4.25,
-    256: 6.2,
+# Model of a kernel's time (H200, fp16, group 128; such that the best of what `flute tune` timed on 33
+# shapes comes first, see `benchmarks/results/rule_h200.json`): microseconds that 1,000 k of 64 rows
+# take with all warpgroups busy, by tokens; and what 1, 2, ... busy ones take of that.
+_UNIT_US = {8: 1.13, 16: 1.206, 24: 1.316, 32: 1.28, 48: 1.81, 64: 1.911} | {
+    96: 2.394,
+    128: 2.895,
+    192: 4.166,
+    256: 5.499,
 }
-_SPLIT_K_US = {8: 1.25, 16: 1.28, 24: 1.51, 32: 1.66, 48: 2.12, 64: 2.43}  # all are always busy
-_BUSY = {4: (1.53, 2.29, 3.45, 4.0), 3: (1.41, 2.24, 3.64), 2: (1.13, 1.99)}
-_BUSY_WIDE = (1.65, 2.27, 3.5, 4.0)  # from 96 tokens on
-_CLUSTER_US = {1: (0.0, 0.0), 2: (2.13, 0.04), 4: (3.5, 0.08), 8: (6.0, 0.1)}  # and per token
+_SPLIT_K_US = {8: 1.2, 16: 1.267, 24: 1.38, 32: 1.548, 48: 2.017, 64: 2.266}  # all always busy
+_BUSY = {4: (1.674, 2.404, 3.55, 3.784), 3: (1.468, 2.241, 4.021), 2: (1.38, 2.17)}
+_BUSY_WIDE = (1.617, 2.438, 3.744, 4.307)  # from 96 tokens on
+_CLUSTER_US = {1: (0.0, 0.0), 2: (2.006, 0.041), 4: (2.809, 0.082), 8: (17.146, 0.027)}
+"""A pass of a cluster, and more per token."""
 
 
 def predicted_us(plan: BatchPlan, m: int, n: int, k: int, gpu: Gpu) -> float:
@@ -201,17 +202,17 @@ def predicted_us(plan: BatchPlan, m: int, n: int, k: int, gpu: Gpu) -> float:
         panels = -(-padded_k(k) // CHUNK_K // c.panel // c.cluster)
         rounds = -(-panels // c.warpgroups) * c.warpgroups * c.panel * CHUNK_K
         passes = -(-units // c.units)
-        exchange = 2.5 + 0.1 * c.tokens if c.cluster > 1 else 0.0
-        more_x = 0.02 * max(0, m - c.tokens)  # 4096 x 4096: 12.1 us at 64 tokens, 13.6 at 128
+        exchange = 0.586 + 0.126 * c.tokens if c.cluster > 1 else 0.0
+        more_x = 0.01 * max(0, m - c.tokens)
         each = exchange + rounds / 1000 * _SPLIT_K_US[c.tokens]
-        return 1.5 + 0.5 * passes + more_x + units * each
+        return 1.5 + 0.48 * passes + more_x + units * each
     busy = _BUSY_WIDE if c.tokens >= 96 and c.warpgroups == 4 else _BUSY[c.warpgroups]
     full, rest = divmod(units, -(-units // c.warpgroups))
     passes = -(-units // c.warpgroups)
     share = rest * busy[full] if rest else 0.0
     share += (passes - rest) * busy[full - 1]
     exchange = _CLUSTER_US[c.cluster][0] + _CLUSTER_US[c.cluster][1] * c.tokens
-    return 3 + exchange * passes + share * k / c.cluster / 1000 * _UNIT_US[c.tokens]
+    return 1.196 + exchange * passes + share * k / c.cluster / 1000 * _UNIT_US[c.tokens]
 
 
 def candidates(problem: Problem, gpu: Gpu) -> list[BatchPlan]:

@@ -10,9 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 from flute.config import Gpu, KernelConfig, Plan, Problem, supports
+from flute.decode_cost import predicted_us
 from flute.errors import UnsupportedProblemError
 from flute.kernel_order import CHUNK_K, TILE_N, padded_k
 
+TIMED = 12
+"""So many of the first candidates are put in order by the model of their time, which was fitted to
+as many: further down it would choose kernels of sizes that nobody has timed."""
 Changes = tuple[int, dict[str, Any]]
 """Blocks per SM, and the fields of `KernelConfig` that differ from its defaults."""
 
@@ -67,7 +71,19 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Plan]:
         plan = Plan(replace(config, phased=phases > 1), phases, blocks_per_sm)
         if plan not in plans and not supports(plan, m, n, k, gpu):
             plans.append(plan)
-    return plans
+    if m > 8 or row_tables or 0 < group_size < 128 or gpu.arch != "sm_90a":
+        return plans
+    first = [plan for plan in plans[:TIMED] if not _spills(plan.config)]
+    first.sort(key=lambda plan: predicted_us(plan, m, n, k, gpu.num_sms))  # stable
+    return first + [plan for plan in plans if plan not in first]
+
+
+def _spills(config: KernelConfig) -> bool:
+    """Whether NVRTC 13 leaves registers of a kernel of 8 tokens in memory, for groups from 128."""
+    c = config
+    if c.num_warps == 16 and c.min_blocks == 2:  # 64 registers
+        return c.x_source == "streamed" or c.tiles == 4
+    return c.num_bits == 4 and c.panel == 8 and c.tiles == 4
 
 
 def heuristic(problem: Problem, gpu: Gpu) -> Plan:
