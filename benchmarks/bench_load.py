@@ -11,6 +11,7 @@ model, one layer, and what is dense; of the host no more than one shard.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import subprocess
@@ -161,6 +162,8 @@ def main() -> None:
     result = json.loads(done.stdout.splitlines()[-1])
     record = {"shape": args.shape, "layers": layers, "bits": args.bits, "dense": args.dense}
     record |= {"file_bytes": total, "layer_file_bytes": layer, **result}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    record |= {"gpu": gpu, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
     print(json.dumps(record), flush=True)
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n")
