@@ -67,7 +67,6 @@ def main() -> None:
         return
     import serving_vllm
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench_serving.py: ended by SIGTERM."))
     if args.action == "run" and not args.together:
         for variant in args.variants:
             start(args, [variant])
@@ -294,4 +293,5 @@ def machine(args: argparse.Namespace) -> Record:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench_serving.py: ended by SIGTERM."))
     main()
