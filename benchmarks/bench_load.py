@@ -11,6 +11,7 @@ model, one layer, and what is dense; of the host no more than one shard.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import subprocess
@@ -21,7 +22,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from serving_models import GROUP_SIZE, SHAPES, VARIANTS, llama_config, quantization_config
+from serving_models import (
+    GROUP_SIZE,
+    SHAPES,
+    VARIANTS,
+    linear_shapes,
+    llama_config,
+    quantization_config,
+)
 
 from flute.format import QuantSpec
 
@@ -30,21 +38,11 @@ def layer_tensors(shape: str, variant: str) -> dict[str, torch.Tensor]:
     """Return one decoder layer's tensors, by name after ``model.layers.N.``, on the CPU."""
     maker = "cuda" if torch.cuda.is_available() else "cpu"
     s = SHAPES[shape]
-    head = s["h"] // s["a"]
-    sizes = {
-        "self_attn.q_proj": (s["h"], s["h"]),
-        "self_attn.k_proj": (s["kv"] * head, s["h"]),
-        "self_attn.v_proj": (s["kv"] * head, s["h"]),
-        "self_attn.o_proj": (s["h"], s["h"]),
-        "mlp.gate_proj": (s["i"], s["h"]),
-        "mlp.up_proj": (s["i"], s["h"]),
-        "mlp.down_proj": (s["h"], s["i"]),
-    }
     tensors = {
         f"{name}.weight": torch.ones(s["h"], dtype=torch.float16)
         for name in ("input_layernorm", "post_attention_layernorm")
     }
-    for name, (N, K) in sizes.items():
+    for name, (N, K) in linear_shapes(shape).items():
         if variant == "fp16":
             tensors[f"{name}.weight"] = torch.randn(N, K, device=maker).mul_(0.02).half().cpu()
             continue
@@ -164,6 +162,8 @@ def main() -> None:
     result = json.loads(done.stdout.splitlines()[-1])
     record = {"shape": args.shape, "layers": layers, "bits": args.bits, "dense": args.dense}
     record |= {"file_bytes": total, "layer_file_bytes": layer, **result}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    record |= {"gpu": gpu, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
     print(json.dumps(record), flush=True)
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -32,14 +32,23 @@ import datetime
 import gc
 import json
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from serving_models import SHAPES, VARIANTS, load_model, random_model, write_folder
+from serving_models import (
+    SHAPES,
+    VARIANTS,
+    is_served_dense,
+    load_model,
+    random_model,
+    write_folder,
+)
 
 import flute
 
@@ -161,6 +170,7 @@ def environment_of(given: str, parser: argparse.ArgumentParser) -> dict[str, str
 
 
 def start(args: argparse.Namespace, variants: list[str]) -> None:
+    """Start variants' servers and wait for them; one that is cut off leaves none behind."""
     import serving_vllm
 
     names = {variant: args.names[variant] for variant in variants}
@@ -170,15 +180,19 @@ def start(args: argparse.Namespace, variants: list[str]) -> None:
         for variant, folder in folders.items():
             write_folder(folder, names[variant], args.shape, args.layers, TOKENIZER)
         extra = ["--load-format", "dummy", "--dtype", "float16", *extra]
-    serving_vllm.start(
-        folders,
-        args.work,
-        kv_gib=args.kv_gib,
-        share=args.memory_share,
-        extra=extra,
-        environments=args.environments,
-    )
-    serving_vllm.wait(args.work, args.wait)
+    try:
+        serving_vllm.start(
+            folders,
+            args.work,
+            kv_gib=args.kv_gib,
+            share=args.memory_share,
+            extra=extra,
+            environments=args.environments,
+        )
+        serving_vllm.wait(args.work, args.wait)
+    except BaseException:
+        serving_vllm.stop(args.work, variants)
+        raise
 
 
 def measure(args: argparse.Namespace, variants: list[str]) -> None:
@@ -190,6 +204,16 @@ def measure(args: argparse.Namespace, variants: list[str]) -> None:
             print(f"{variant}: no server answers; left out.", flush=True)
             continue
         server = servers[variant]
+        loaded = serving_vllm.loaded_bytes(args.work, variant)
+        about = {} if loaded is None else {"model_gib": round(loaded / 2**30, 2)}
+        kind = (args.names[variant], args.shape, args.layers)
+        if loaded is not None and args.shape and is_served_dense(*kind, loaded):
+            print(
+                f"{variant}: its model takes {about['model_gib']} GiB, as much as a dense one: "
+                f"vLLM did not quantise it, see {args.work / variant}.log. Left out.",
+                flush=True,
+            )
+            continue
         serving_vllm.measure(
             server, concurrency=8, prompts=8, tokens=(args.input_tokens, 16)
         )  # warms up
@@ -205,7 +229,7 @@ def measure(args: argparse.Namespace, variants: list[str]) -> None:
                 server, concurrency=concurrency, prompts=prompts, tokens=(num_input, num_output)
             )
             shape = {"input_tokens": num_input, "output_tokens": num_output}
-            keep(args, variant, {"concurrency": concurrency, **shape, **result})
+            keep(args, variant, {"concurrency": concurrency, **shape, **result, **about})
 
 
 def run_transformers(args: argparse.Namespace) -> None:
@@ -269,4 +293,5 @@ def machine(args: argparse.Namespace) -> Record:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench_serving.py: ended by SIGTERM."))
     main()

@@ -35,6 +35,21 @@ VARIANTS |= {"w4h": 4, "w3h": 3, "w2h": 2}
 those with an h the output head is quantised too."""
 
 
+def linear_shapes(shape: str) -> dict[str, tuple[int, int]]:
+    """Return the linear layers of a decoder block of one of `SHAPES`: name in it -> (N, K)."""
+    s = SHAPES[shape]
+    kv = s["kv"] * s["h"] // s["a"]
+    return {
+        "self_attn.q_proj": (s["h"], s["h"]),
+        "self_attn.k_proj": (kv, s["h"]),
+        "self_attn.v_proj": (kv, s["h"]),
+        "self_attn.o_proj": (s["h"], s["h"]),
+        "mlp.gate_proj": (s["i"], s["h"]),
+        "mlp.up_proj": (s["i"], s["h"]),
+        "mlp.down_proj": (s["h"], s["i"]),
+    }
+
+
 def llama_config(shape: str, layers: int | None = None) -> transformers.LlamaConfig:
     """Return the config of a Llama of one of `SHAPES`, cut to a number of layers."""
     s = SHAPES[shape]
@@ -67,6 +82,9 @@ def quantization_config(variant: str) -> dict[str, Any] | None:
             "desc_act": False,
             "sym": True,
             "lm_head": False,
+            # Why: without a list vLLM looks into the files for what is quantised, and where there
+            # are none it takes every layer for dense (vLLM 0.26, auto_gptq.py; not so in 0.32).
+            "modules_in_block_to_quantize": list(linear_shapes("tiny")),
         }
     common = {"scale_dtype": "float16"}
     if has_quantized_head(variant):
@@ -80,6 +98,33 @@ def quantization_config(variant: str) -> dict[str, Any] | None:
 def has_quantized_head(variant: str) -> bool:
     """Tell whether a variant's output head is quantised."""
     return variant.startswith("w") and variant.endswith("h")
+
+
+def weight_bytes(variant: str, shape: str, layers: int | None = None) -> int:
+    """Return the bytes of a variant's matrices: codes with scales, or fp16 where it is dense."""
+
+    def size(N: int, K: int, spec: QuantSpec | None) -> int:
+        return N * (4 * spec.num_words(K) + 2 * spec.num_groups(K)) if spec else 2 * N * K
+
+    s = SHAPES[shape]
+    body = None if variant == "fp16" else QuantSpec(VARIANTS[variant], GROUP_SIZE)
+    head = HEAD if has_quantized_head(variant) else None
+    block = sum(size(N, K, body) for N, K in linear_shapes(shape).values())
+    ends = size(s["v"], s["h"], None) + size(s["v"], s["h"], head)
+    return (layers or s["l"]) * block + ends
+
+
+def is_served_dense(variant: str, shape: str, layers: int | None, loaded: float) -> bool:
+    """Tell whether a variant that should be quantised takes as much memory as a dense model.
+
+    Args:
+        variant: of `VARIANTS`.
+        shape: of `SHAPES`.
+        layers: what the model was cut to, or None.
+        loaded: bytes that its parameters take on all GPUs.
+    """
+    dense = weight_bytes("fp16", shape, layers)
+    return variant != "fp16" and loaded > (dense + weight_bytes(variant, shape, layers)) / 2
 
 
 def write_folder(

@@ -14,6 +14,7 @@ import importlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -112,40 +113,54 @@ def running(work: Path) -> dict[str, Any]:
 
 
 def wait(work: Path, seconds: float) -> dict[str, float]:
-    """Wait until all servers answer or have died; return variant -> seconds until it answered."""
-    importlib.import_module("vllm.benchmarks.serve")  # seconds, in which servers start
+    """Wait until all servers answer or have died; return variant -> seconds until it answered.
+
+    What does not answer in time, or until this is cut off, has the end of its log printed.
+    """
     pending, ready = running(work), {}
-    deadline = time.monotonic() + seconds
-    while pending and time.monotonic() < deadline:
-        for variant, server in list(pending.items()):
-            if is_up(server["port"]):
-                ready[variant] = round(time.time() - server["started"], 1)
-                print(f"{variant}: ready after {ready[variant]} s", flush=True)
-                del pending[variant]
-            elif not _is_alive(server["pid"]):
-                print(f"{variant}: the server ended.\n{tail(work, variant)}", flush=True)
-                del pending[variant]
-        time.sleep(0.5)
-    for variant in pending:
-        print(f"{variant}: no answer in {seconds:.0f} s.\n{tail(work, variant)}", flush=True)
+    began = time.monotonic()
+    try:
+        importlib.import_module("vllm.benchmarks.serve")  # seconds, in which servers start
+        while pending and time.monotonic() < began + seconds:
+            for variant, server in list(pending.items()):
+                if is_up(server["port"]):
+                    ready[variant] = round(time.time() - server["started"], 1)
+                    print(f"{variant}: ready after {ready[variant]} s", flush=True)
+                    del pending[variant]
+                elif not _is_alive(server["pid"]):
+                    print(f"{variant}: the server ended.\n{tail(work, variant)}", flush=True)
+                    del pending[variant]
+            time.sleep(0.5)
+    finally:
+        waited = time.monotonic() - began
+        for variant in pending:
+            print(f"{variant}: no answer in {waited:.0f} s.\n{tail(work, variant)}", flush=True)
     return ready
 
 
 def stop(work: Path, variants: Sequence[str] | None = None) -> None:
     """End the servers with all their processes, and wait until they are gone."""
     servers = running(work)
-    for variant in list(variants or servers):
-        server = servers.pop(variant, None)
-        if server is None:
-            continue
-        for kind in (signal.SIGTERM, signal.SIGKILL):
+    ended = [servers.pop(v)["pid"] for v in list(variants or servers) if v in servers]
+    for kind in (signal.SIGTERM, signal.SIGKILL):
+        for pid in ended:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(server["pid"], kind)
-            for _ in range(100):
-                if not _is_alive(server["pid"]):
-                    break
-                time.sleep(0.1)
+                os.killpg(pid, kind)
+        deadline = time.monotonic() + 10
+        while any(map(_is_alive, ended)) and time.monotonic() < deadline:
+            time.sleep(0.1)
     (work / "servers.json").write_text(json.dumps(servers, indent=1))
+
+
+def loaded_bytes(work: Path, variant: str) -> float | None:
+    """Return the bytes that a model takes on all GPUs by its server's log; None: it says nothing.
+
+    vLLM tells them for each rank, or for the first only.
+    """
+    text = (work / f"{variant}.log").read_text(errors="replace")
+    gib = [float(found) for found in re.findall(r"Model loading took ([\d.]+) GiB", text)]
+    ranks = [int(found) for found in re.findall(r"world_size=(\d+) rank=", text)]
+    return max(gib) * 2**30 * max(ranks, default=1) if gib else None
 
 
 def tail(work: Path, variant: str, lines: int = 25) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -68,9 +69,19 @@ def compile_kernels(
         sources[dequantize_source(problem)] = None
     sources = {s: None for s in sources if not is_loaded(s, device)}
     done(0, len(sources))
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with ThreadPoolExecutor(_num_cores()) as pool:
         futures = [pool.submit(load_or_compile, source, gpu.arch) for source in sources]
         for i, (source, future) in enumerate(zip(sources, futures, strict=True)):
             load_kernel(source, future.result(), device)
             done(i + 1, len(sources))
     return len(sources)
+
+
+def _num_cores() -> int:
+    """Return how many cores this process may use.
+
+    Why not torch's threads: vLLM gives a worker of several ranks one, and so do many launchers.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -142,6 +145,130 @@ def test_a_variant_s_server_has_its_environment(tmp_path, monkeypatch):
     servers = json.loads((tmp_path / "servers.json").read_text())
     assert [server["port"] for server in servers.values()] == [8100, 8101]
     assert list(servers) == variants
+
+
+GIB = 2**30
+
+
+def test_peers_say_which_layers_are_quantised(tmp_path):
+    """vLLM asks the files where config.json does not say, and finds none: all would be dense."""
+    serving_models.write_folder(tmp_path, "gptq", "tiny", 1, DEMO_MODEL)
+    given = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    named = given["modules_in_block_to_quantize"]
+    model = serving_models.random_model("fp16", "tiny", 1, torch.device("cpu"))
+    linears = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    assert len(named) == 7
+    assert [n for n in linears if not any(part in n for part in named)] == ["lm_head"]
+    pytest.importorskip("vllm")
+    from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
+    from vllm.model_executor.layers.quantization.utils import gptq_utils
+
+    config = AutoGPTQConfig.from_config(given)
+    config.maybe_update_config(str(tmp_path))
+    fused = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    layers = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    for layer in layers:
+        prefix = f"model.layers.0.{layer}"
+        found = config.modules_in_block_to_quantize
+        assert gptq_utils.is_layer_gptq_quantized(prefix, found, fused), layer
+
+
+def test_bytes_of_a_variant_are_those_of_its_tensors():
+    for variant in ("fp16", "w3", "w2h"):
+        model = serving_models.random_model(variant, "tiny", 1, torch.device("cpu"))
+        named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        ends = ("codes", "scales", "weight")
+        tensors = [t for n, t in named.items() if n.endswith(ends) and t.ndim == 2]
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        assert serving_models.weight_bytes(variant, "tiny", 1) == size
+    # What vLLM 0.26 said on an H200.
+    assert serving_models.weight_bytes("fp16", "llama-3-8b") / GIB == pytest.approx(14.96, abs=0.01)
+    assert serving_models.weight_bytes("w4", "llama-3-8b") / GIB == pytest.approx(5.33, abs=0.03)
+
+
+def test_a_model_that_was_not_quantised_is_noticed():
+    for variant in serving_models.VARIANTS:
+        for layers in (1, None):
+            own = serving_models.weight_bytes(variant, "llama-3-8b", layers)
+            dense = serving_models.weight_bytes("fp16", "llama-3-8b", layers)
+            found = [
+                serving_models.is_served_dense(variant, "llama-3-8b", layers, loaded)
+                for loaded in (1.01 * own, 0.99 * dense)
+            ]
+            assert found == [False, variant != "fp16"], (variant, layers)
+
+
+@pytest.mark.parametrize(
+    ("lines", "gib"),
+    [
+        ("INFO: Resolved architecture: LlamaForCausalLM", None),
+        ("world_size=1 rank=0\nModel loading took 5.33 GiB and 10.403216 seconds", 5.33),
+        ("world_size=2 rank=0\nworld_size=2 rank=1\nModel loading took 7.5 GiB memory and", 15.0),
+        ("world_size=2 rank=0\n" + "Model loading took 7.5 GiB and 2 seconds\n" * 2, 15.0),
+    ],
+)
+def test_what_a_model_takes_is_read_in_its_server_s_log(tmp_path, lines, gib):
+    import serving_vllm
+
+    (tmp_path / "w4.log").write_text(lines)
+    found = serving_vllm.loaded_bytes(tmp_path, "w4")
+    assert found == (None if gib is None else pytest.approx(gib * GIB))
+
+
+def test_a_variant_that_vllm_serves_dense_is_left_out(tmp_path, monkeypatch, capsys):
+    import bench_serving
+    import serving_vllm
+
+    for variant, gib in (("fp16", 14.96), ("gptq", 14.96), ("w4", 5.33)):
+        (tmp_path / f"{variant}.log").write_text(f"Model loading took {gib} GiB and 2 seconds")
+    server = {"port": 8100, "max_length": 4096}
+    monkeypatch.setattr(serving_vllm, "running", lambda work: dict.fromkeys(variants, server))
+    monkeypatch.setattr(serving_vllm, "is_up", lambda port: True)
+    monkeypatch.setattr(serving_vllm, "measure", lambda *_, **__: {"output_throughput": 1.0})
+    variants = ["fp16", "gptq", "w4"]
+    arguments = ["measure", "--concurrency", "1", "--long-prompt", "0", "--variants", *variants]
+    arguments += ["--work", str(tmp_path), "--out", str(tmp_path / "out.json")]
+    monkeypatch.setattr("sys.argv", ["bench", *arguments])
+    bench_serving.main()
+    records = json.loads((tmp_path / "out.json").read_text())["records"]
+    assert [(r["variant"], r["model_gib"]) for r in records] == [("fp16", 14.96), ("w4", 5.33)]
+    printed = capsys.readouterr().out
+    assert "gptq: its model takes 14.96 GiB, as much as a dense one: vLLM did not" in printed
+
+
+SERVER = """
+import time
+print("Loading weights, slowly", flush=True)
+time.sleep(300)
+"""
+
+
+def test_a_start_that_is_cut_off_shows_the_logs_and_leaves_no_server(tmp_path):
+    for name, text in (("entrypoints/openai/api_server", SERVER), ("benchmarks/serve", "")):
+        file = tmp_path / "site" / "vllm" / f"{name}.py"
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    work = tmp_path / "work"
+    arguments = ["start", "--model", "tiny", "--variants", "fp16", "w4", "--work", work]
+    path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
+    process = python(BENCH, *arguments, PYTHONPATH=path)
+    logs = [work / "fp16.log", work / "w4.log"]
+    deadline = time.monotonic() + 100
+    while not all(log.exists() and "slowly" in log.read_text() for log in logs):
+        assert time.monotonic() < deadline, process.poll()
+        time.sleep(0.1)
+    servers = json.loads((work / "servers.json").read_text())
+    time.sleep(1)  # it waits for them
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    for variant in ("fp16", "w4"):
+        assert f"{variant}: no answer in" in printed
+        with pytest.raises(ProcessLookupError):
+            os.kill(servers[variant]["pid"], 0)
+    assert printed.count("Loading weights, slowly") == 2
+    assert "ended by SIGTERM" in printed
+    assert json.loads((work / "servers.json").read_text()) == {}
 
 
 def test_help_shows_how_to_measure_your_own_model():

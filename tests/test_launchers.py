@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import struct
+import threading
 
 import pytest
 import torch
@@ -148,6 +150,25 @@ def test_what_is_compiled_ahead_serves_every_number_of_tokens(monkeypatch, ends)
         plan = launchers.choose(problem[0]._replace(m=m), problem[1], Gpu())
         if isinstance(plan, KernelPlan):
             assert launchers.source_of(plan).text in compiled, m
+
+
+def test_kernels_are_compiled_on_all_cores_whatever_torch_takes(monkeypatch):
+    """A worker of vLLM with several ranks has one thread of torch."""
+    together = threading.Barrier(3)
+    calls = itertools.count()
+
+    def compile_(source, arch):
+        if next(calls) < 3:
+            together.wait(timeout=60)  # a BrokenBarrierError where fewer compile at once
+        return source
+
+    monkeypatch.setattr(cache, "load_or_compile", compile_)
+    monkeypatch.setattr(precompile, "load_kernel", lambda *_: None)
+    monkeypatch.setattr(precompile.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    weight = packed_weight(random_weight(200, 8192, QuantSpec(4, 64)))
+    problem = precompile.prepared_problem(weight, torch.float16)
+    assert precompile.compile_kernels([problem], torch.device("cuda", 0), lambda *_: None) >= 3
 
 
 @pytest.mark.parametrize(("ends", "N", "num_ranges", "range_end"), WEIGHTS)
