@@ -5,10 +5,9 @@
     python benchmarks/fit_decode.py --write    into flute/data/decode_cost.json
 
 Reads `benchmarks/results/rule_h200.json`: problems, and the microseconds of the first dozen
-candidates of each (`flute tune --json --top 12`). Coefficients start from non-negative least
-squares of the relative error per family of kernels; then some are moved as long as the plans
-that are chosen get no slower. Prints the choice's time over the best one's: of what it was
-fitted to, and of each shape by the coefficients that are fitted to all others.
+candidates of each (`flute tune --json --top 12`). Coefficients are the non-negative least squares
+of the relative error, per family of kernels. Prints the time of the model's choice over the best
+one's: of what it was fitted to, and of each shape by the coefficients fitted to all others.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import random
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +30,7 @@ RESULTS = Path(__file__).parent / "results" / "rule_h200.json"
 MOST_TOKENS = 8
 CLASSES = {"Plan": Plan, "KernelConfig": KernelConfig}
 BEYOND = 1.05
-"""What a choice takes beyond this, over the best's time, counts ten times more."""
+"""Choices that take longer than this, over the best's time, are counted."""
 Families = dict[str, np.ndarray]
 
 
@@ -100,36 +98,12 @@ def ratios(problems: Sequence[Timed], families: Families) -> np.ndarray:
     return np.array(found)
 
 
-def improve(problems: Sequence[Timed], families: Families, steps: int) -> Families:
-    """Move one or two coefficients by up to a third as long as choices get no worse."""
-    rng = random.Random(0)
-
-    def cost(families: Families) -> float:
-        found = ratios(problems, families)
-        return float(np.mean(found + 10 * np.maximum(found - BEYOND + 0.002, 0)))
-
-    best = cost(families)
-    places = [(name, i) for name, row in families.items() for i in np.flatnonzero(row)]
-    for _ in range(steps):
-        moved = rng.sample(places, rng.choice((1, 1, 2)))
-        before = [families[name][i] for name, i in moved]
-        for name, i in moved:
-            families[name][i] *= rng.choice((0.75, 0.9, 0.97, 1.03, 1.1, 1.33))
-        if (now := cost(families)) <= best:
-            best = now
-        else:
-            for (name, i), old in zip(moved, before, strict=True):
-                families[name][i] = old
-    return families
-
-
 def main() -> None:
     """Fit, say how good it is, and write if told to."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", nargs="?", type=Path, default=RESULTS)
-    parser.add_argument("--steps", type=int, default=4000, help="of moving coefficients")
     parser.add_argument("--write", action="store_true", help=f"into {COEFFICIENTS.name}")
     args = parser.parse_args()
     problems = read(args.results)
@@ -142,16 +116,13 @@ def main() -> None:
     for shape in sorted({problem.shape for problem in problems}):
         fitted = least_squares([p for p in problems if p.shape != shape])
         others.append(ratios([p for p in problems if p.shape == shape], fitted))
-    say("shapes that were left out (least squares)", np.concatenate(others))
+    say("shapes that were left out", np.concatenate(others))
     families = least_squares(problems)
-    say("all, least squares", ratios(problems, families))
-    families = improve(problems, families, args.steps)
+    say("all", ratios(problems, families))
     named = {
         name: {term: float(f"{c:.4g}") for term, c in zip(TERMS, row, strict=True) if c}
         for name, row in sorted(families.items())
     }
-    rounded = {name: np.array([row.get(t, 0.0) for t in TERMS]) for name, row in named.items()}
-    say(f"all, {args.steps} steps", ratios(problems, rounded))
     if args.write:
         COEFFICIENTS.write_text(json.dumps({"families": named}, indent=1) + "\n")
 

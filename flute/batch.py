@@ -169,9 +169,9 @@ def _most_clusters(cluster: int, num_sms: int) -> int:
     return int(num_sms * share) // cluster
 
 
-# Model of a kernel's time (H200, fp16, group 128; such that the best of what `flute tune` timed on 33
-# shapes comes first, see `benchmarks/results/rule_h200.json`): microseconds that 1,000 k of 64 rows
-# take with all warpgroups busy, by tokens; and what 1, 2, ... busy ones take of that.
+# Model of a kernel's time (H200, fp16, group 128; such that the best of what `flute tune` timed on
+# 33 shapes comes first, see `benchmarks/results/rule_h200.json`): microseconds that 1,000 k of 64
+# rows take with all warpgroups busy, by tokens; and what 1, 2, ... busy ones take of that.
 _UNIT_US = {8: 1.13, 16: 1.206, 24: 1.316, 32: 1.28, 48: 1.81, 64: 1.911} | {
     96: 2.394,
     128: 2.895,
