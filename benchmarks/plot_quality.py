@@ -49,7 +49,7 @@ FLOOR = 1e-3
 def averaged(records: Iterable[Record]) -> list[Record]:
     """Return one record per model, text, method, bits, group and tokens: the mean over seeds.
 
-    "spread" is the standard deviation over seeds, 0 where there is one; "commits" are all of theirs.
+    "spread" is the standard deviation over seeds, 0 where there is one; "commits" are those of all.
     """
     keys = ("model", "text", "method", "bits", "group", "tokens")
     cases: dict[tuple[Any, ...], list[Record]] = {}
