@@ -20,7 +20,7 @@ PACKAGE = ROOT / "flute"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("errors", "version"),
-    ("constant", "format", "bof", "front"),
+    ("constant", "format", "bof", "front", "calibration"),
     ("tables", "pack", "jit"),
     ("kernel_order", "reference"),
     ("config",),
@@ -30,7 +30,7 @@ LAYERS = (
     ("methods", "launchers", "timing", "model_shapes"),
     ("concat", "cuda", "precompile", "dense", "groups"),
     ("ops", "operands"),
-    ("linear", "dense_linear", "tune", "calibration", "experts"),
+    ("linear", "dense_linear", "tune", "block_walk", "experts"),
     ("training", "siblings", "fused", "guidance", "head_inputs"),
     ("blockwise", "fused_model"),
     ("checkpoint", "end_to_end"),
