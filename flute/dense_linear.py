@@ -23,7 +23,7 @@ from torch.nn.modules import module
 
 from flute.cpu import dense, library
 from flute.cpu.structures import TYPES
-from flute.ops import is_plain_call
+from flute.plain_call import is_plain_call
 
 MIN_WEIGHTS = 1 << 20
 """Of a layer: torch multiplies smaller ones as fast, out of the caches."""

@@ -33,8 +33,9 @@ from flute.format import (
     check_table,
 )
 from flute.kernel_order import to_kernel_order, to_plain_order
-from flute.ops import is_plain_call, is_watched, lut_gemm
+from flute.ops import lut_gemm
 from flute.pack import pack_codes, unpack_codes
+from flute.plain_call import is_plain_call, is_watched
 from flute.reference import dequantize_packed
 
 _lock = threading.Lock()

@@ -20,14 +20,14 @@ PACKAGE = ROOT / "flute"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("errors", "version"),
-    ("constant", "format", "bof", "front", "calibration"),
+    ("constant", "format", "bof", "front", "calibration", "plain_call"),
     ("tables", "pack", "jit"),
     ("kernel_order", "reference"),
     ("config",),
     ("candidates", "device", "batch", "mma"),
     ("plans",),
     ("tuning", "cpu", "cuda_quantize"),
-    ("methods", "launchers", "timing", "model_shapes"),
+    ("methods", "launchers", "timing", "model_shapes", "op_arguments"),
     ("concat", "cuda", "precompile", "dense", "groups"),
     ("ops", "operands"),
     ("linear", "dense_linear", "tune", "block_walk", "experts"),
