@@ -28,7 +28,7 @@ LAYERS = (
     ("plans",),
     ("tuning", "cpu", "cuda_quantize"),
     ("methods", "launchers", "timing", "model_shapes", "op_arguments"),
-    ("concat", "cuda", "precompile", "dense", "groups"),
+    ("concat", "lut_weight", "cuda", "precompile", "dense", "groups"),
     ("ops", "operands"),
     ("linear", "dense_linear", "tune", "block_walk", "experts"),
     ("training", "siblings", "fused", "guidance", "head_inputs"),
