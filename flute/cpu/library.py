@@ -206,11 +206,18 @@ def check(error: int) -> None:
 
     Raises:
         MemoryError: no memory for its scratch.
+        RuntimeError: torch's threads did not run it.
     """
     if error == 1:
-        raise MemoryError("The CPU kernels could not allocate their scratch.")
+        raise MemoryError(
+            "The CPU kernels could not allocate their scratch. Free memory, or use fewer threads "
+            "(OMP_NUM_THREADS)."
+        )
     if error:
-        raise RuntimeError("torch's thread pool failed to run a CPU kernel.")
+        raise RuntimeError(
+            "torch's thread pool failed to run a CPU kernel. Start the process again; "
+            f"{VARIANT_ENVIRONMENT}=none does without the kernels."
+        )
 
 
 def function(name: str) -> Any:
