@@ -3,7 +3,7 @@
     plain order   as stored, on any device; what leaves the module (state dict, pickle, another
                   device) is in it, and what comes in
     kernel order  `flute.kernel_order`, what GPU kernels read
-    CPU order     uint8 codes, `flute.cpu.library`, what the C kernels read
+    CPU order     uint8 codes, `flute.cpu.products`, what the C kernels read
 
 Owns that the parameters are constants, which order they are in, and what is forgotten when they
 change. Knows nothing of products: `flute.linear` says when which order is taken.
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from flute.constant import Constant
 from flute.cpu import library as cpu
+from flute.cpu import products
 from flute.device import why_not
 from flute.errors import FormatError
 from flute.format import TENSOR_NAMES, PackedWeight, QuantizedWeight, QuantSpec, check_table
@@ -115,7 +116,7 @@ class LutWeight(nn.Module):
 
     @property
     def cpu_order(self) -> bool:
-        """Whether ``codes`` and ``scales`` are in the order of `flute.cpu.library`."""
+        """Whether ``codes`` and ``scales`` are in the order of `flute.cpu.products`."""
         return self.codes.dtype == torch.uint8
 
     def takes_cpu_kernels(self) -> bool:
@@ -143,7 +144,7 @@ class LutWeight(nn.Module):
         if self.cpu_order and not exact:
             return
         self._ready.clear()
-        self.codes.data, self.scales.data = cpu.order(self._plain(), exact)
+        self.codes.data, self.scales.data = products.order(self._plain(), exact)
         self.kernel_order, self._settled = False, True
 
     def to_kernel_order(self) -> None:
@@ -177,7 +178,7 @@ class LutWeight(nn.Module):
         """Return the weight as it is stored."""
         weight = self.packed_weight()
         if self.cpu_order:
-            return cpu.restore(weight)
+            return products.restore(weight)
         if not self.kernel_order:
             return weight
         packed, scales, _, spec, N, K, _ = weight

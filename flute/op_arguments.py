@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flute.cpu import library as cpu
+from flute.cpu import products
 from flute.cpu.structures import is_by_rows
 from flute.errors import FormatError
 from flute.format import FLOAT_DTYPES, PackedWeight, QuantSpec, check_scales, check_table
@@ -181,7 +181,7 @@ def _cpu_weight(
 ) -> PackedWeight:
     """Check a weight's tensors in CPU order."""
     check_table(table, N, spec, ends)
-    shapes = cpu.order_shapes(N, K, spec, is_by_rows(table.shape[0], ends))
+    shapes = products.order_shapes(N, K, spec, is_by_rows(table.shape[0], ends))
     if (tuple(packed.shape), tuple(scales.shape)) != shapes:
         raise FormatError(
             f"`packed` and `scales` have shapes {tuple(packed.shape)} and {tuple(scales.shape)}; "

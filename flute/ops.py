@@ -7,7 +7,7 @@ autocast and autograd (for ``x`` and ``bias``; codes, scales and table are const
         plain order, as stored: PyTorch, on any device                       reference.py
         kernel order, on a GPU with kernels, x of 16 bits: kernels           cuda.py
         kernel order otherwise: back to plain order, then PyTorch
-        CPU order: kernels in C                                              cpu/library.py
+        CPU order: kernels in C                                              cpu/products.py
 
 ``out_features`` tells the orders apart: None means plain order; N means kernel order, or CPU order
 if the codes are uint8. `flute.op_arguments` checks what the ops are given, `flute.plain_call` says
@@ -26,6 +26,7 @@ from torch.compiler import is_dynamo_compiling
 
 from flute import cuda, reference
 from flute.cpu import library as cpu
+from flute.cpu import products
 from flute.device import gpu_of, warn_unprepared, why_not
 from flute.errors import FormatError, UnsupportedProblemError
 from flute.format import FLOAT_DTYPES, PackedWeight, QuantSpec
@@ -70,7 +71,7 @@ def lut_gemm(
         bias: any floating dtype, shape (N,), or None.
         out_features: None if ``packed`` and ``scales`` are as stored; N if they are in the order of
             `flute.kernel_order.to_kernel_order`, which is what GPU kernels read, or of
-            `flute.cpu.library.order` (uint8), which is what CPU kernels read.
+            `flute.cpu.products.order` (uint8), which is what CPU kernels read.
         table_ends: where each of R ranges of rows ends, ascending, the last N; empty if there is
             one table, or one per row. Kernels read up to 8 ranges that end at multiples of 16; of
             others they are given a table per row, made anew in each call.
@@ -141,7 +142,7 @@ def _plain_weight(weight: PackedWeight) -> PackedWeight:
 def _lut_gemm(x: Tensor, *args: Any) -> Tensor:
     weight, bias = checked_product(x, *args), args[3]
     if weight.packed.dtype == torch.uint8:
-        return cpu.multiply(x, weight, bias)
+        return products.multiply(x, weight, bias)
     has_kernels = x.dtype in _KERNEL_DTYPES and not why_not(x.device)
     if len(args) > 6 and args[6] is not None:  # in kernel order
         if has_kernels:
@@ -172,7 +173,7 @@ def _dequantize(
     if dtype not in FLOAT_DTYPES:
         raise FormatError(f"`dtype` is {dtype}; expected fp16, bf16 or fp32.")
     if packed.dtype == torch.uint8:
-        return cpu.dequantize(weight, dtype)
+        return products.dequantize(weight, dtype)
     if out_features is not None:
         if dtype in _KERNEL_DTYPES and not why_not(packed.device):
             return cuda.dequantize(weight, dtype)

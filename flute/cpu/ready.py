@@ -181,7 +181,7 @@ def _multiply(weights: Any, results: Any, count: int, ready: Ready, x: Tensor) -
 
 
 def make_ready(x: Tensor, weight: PackedWeight, parameters: dict[str, Any]) -> Ready | None:
-    """Return a product made ready, or None if `library.multiply` has to look at each call.
+    """Return a product made ready, or None if `products.multiply` has to look at each call.
 
     Args:
         x: shape (..., K).
