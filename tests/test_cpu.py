@@ -354,6 +354,13 @@ def test_compiled_and_exported():
     assert torch.equal(program.module()(x[:4]), layer(x[:4]))
 
 
+def test_the_layers_mark_for_dynamo_is_that_of_torch():
+    """It is set by hand, since torch's decorator imports dynamo."""
+    marked = torch.compiler.assume_constant_result(lambda: None)
+    assert vars(marked)
+    assert vars(marked).items() <= vars(LutLinear._settle_traced).items()
+
+
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_compiled_without_prepare_runs_kernels(fullgraph):
     expected = layer_of()[1]
