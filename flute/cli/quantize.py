@@ -23,7 +23,6 @@ from flute.console import (
     print_table,
     quiet_transformers,
     seed,
-    show_warnings_plainly,
 )
 from flute.format import NUM_BITS, SCALE_DTYPES, WHOLE_ROW, CheckpointConfig
 from flute.methods import CALIBRATED, METHODS, TABLE_SCOPES
@@ -296,7 +295,6 @@ def run(args: argparse.Namespace) -> int:
     from flute.model import QuantizeOptions, check_calibration
     from flute.stream import quantize_checkpoint
 
-    show_warnings_plainly()
     base_bits = int(args.bits)
     options = QuantizeOptions(
         base_bits,
