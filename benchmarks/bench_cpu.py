@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from ggml import TYPES, Ggml, Product
 
 import flute
-from flute.cpu import library
+from flute.cpu import library, products
 from flute.format import PackedWeight, QuantSpec
 
 SHAPES = ("14336x4096", "4096x14336", "4096x4096", "6144x4096")
@@ -42,11 +42,11 @@ def lut_products(N: int, K: int, num_bits: int) -> tuple[list[PackedWeight], tor
     table = torch.randn(1, spec.num_entries).sort().values
     scales = (torch.rand(N, K // GROUP) / 8 + 0.01).bfloat16()
     stored = PackedWeight(flute.pack_codes(codes, num_bits), scales, table, spec, N, K)
-    packed, ordered = library.order(stored)
+    packed, ordered = products.order(stored)
     weight = stored._replace(packed=packed, scales=ordered)
     count = max(2, BYTES // packed.numel())
-    copies = [weight._replace(packed=library.order(stored)[0]) for _ in range(count)]
-    return copies, library.dequantize(weight, torch.float32)
+    copies = [weight._replace(packed=products.order(stored)[0]) for _ in range(count)]
+    return copies, products.dequantize(weight, torch.float32)
 
 
 def ggml_products(
@@ -128,14 +128,14 @@ def measure(
         for M in tokens:
             x = torch.randn(M, K).bfloat16()
             for copies, dense in weights.values():
-                out = library.multiply(x, copies[0], None).double()
+                out = products.multiply(x, copies[0], None).double()
                 exact = x.double() @ dense.double().T
                 error = float((out - exact).norm() / exact.norm())
                 assert error < 1e-2, f"a product is wrong: {error}"
             methods: dict[str, Callable[[int], object]] = {"read": lambda i: buffer.sum()}
             methods |= {name: lambda i, f=f, x=x: f(x, i) for name, f in others.items()}
             methods |= {
-                f"flute {b}": lambda i, c=c, x=x: library.multiply(x, c[i % len(c)], None)
+                f"flute {b}": lambda i, c=c, x=x: products.multiply(x, c[i % len(c)], None)
                 for b, (c, _) in weights.items()
             }
             times: dict[str, list[float]] = {name: [] for name in methods}

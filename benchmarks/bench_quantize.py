@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from flute.block_walk import BlockWalk
 from flute.blockwise import quantize_by_hessian, quantize_weight
-from flute.calibration import BlockWalk
 from flute.console import print_table, quiet_transformers
 from flute.methods import BY_HESSIAN
 from flute.model import ModelPlan, QuantizeOptions, plan_model

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flute.calibration import Block, BlockWalk, explain_out_of_memory
+from flute.block_walk import Block, BlockWalk, explain_out_of_memory
 from flute.errors import FormatError
 from flute.format import SCALE_DTYPES, CheckpointConfig, QuantizedWeight
 from flute.methods import (

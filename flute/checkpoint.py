@@ -66,7 +66,10 @@ class CheckpointReader:
     def __init__(self, directory: str | Path, files: Sequence[Path] | None = None) -> None:
         self.directory = Path(directory)
         if not self.directory.is_dir():
-            raise CheckpointError(f"`{directory}` is not a folder; expected a model checkpoint.")
+            raise CheckpointError(
+                f"`{directory}` is not a folder; expected a model checkpoint, or the name of a "
+                "model on the Hub, `team/model`."
+            )
         self.config: dict[str, Any] = read_json(self.directory / "config.json")
         index = self.directory / INDEX_NAME
         self.index: dict[str, Any] = read_json(index) if index.exists() else {}

@@ -61,7 +61,7 @@ def report(message: str) -> None:
 
 
 def show_warnings_plainly() -> None:
-    """Print warnings of this package as one line without a source position."""
+    """Print warnings, whoever gives them, as one line without a source position."""
 
     def show(
         message: Warning | str,

@@ -1,7 +1,7 @@
 """The GPU path: products and dense weights by kernels.
 
 Owns how the plans of `flute.plans` are carried out. Weights come in kernel order
-(`flute.kernel_order`); `flute.ops` checks arguments. Importing it loads neither CUDA nor the
+(`flute.kernel_order`); `flute.op_arguments` checks them. Importing it loads neither CUDA nor the
 compiler.
 
 A product is one launch (`Ready` keeps a layer's), several, or dense by slices: `flute.plans`.

@@ -22,8 +22,9 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.modules import module
 
 from flute.cpu import dense, library
+from flute.cpu.pages import large_pages
 from flute.cpu.structures import TYPES
-from flute.ops import is_plain_call
+from flute.plain_call import is_plain_call
 
 MIN_WEIGHTS = 1 << 20
 """Of a layer: torch multiplies smaller ones as fast, out of the caches."""
@@ -127,5 +128,5 @@ def _move(weight: Tensor) -> None:
         and data.nbytes == data.untyped_storage().nbytes()
         and not data.is_shared()
     ):
-        pages = library.large_pages(data.nbytes).view(data.dtype).view(data.shape)
+        pages = large_pages(data.nbytes).view(data.dtype).view(data.shape)
         weight.data = pages.copy_(data)

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flute.block_walk import BlockWalk, evaluating, explain_out_of_memory
 from flute.blockwise import quantize_by_hessian, quantize_weight
-from flute.calibration import BlockWalk, CalibrationError, evaluating, explain_out_of_memory
+from flute.calibration import CalibrationError
 from flute.format import CheckpointConfig, QuantizedWeight
 from flute.guidance import output_weights
 from flute.methods import BY_HESSIAN

@@ -132,12 +132,14 @@ def to_windows(text: str, tokenizer: Any, window: int, max_tokens: int | None = 
     """
     if window < 2:
         raise EvaluationError(f"`window` is {window}; expected at least 2 tokens.")
-    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0][:max_tokens]
+    whole = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    ids = whole[:max_tokens]
     count = len(ids) // window
     if not count:
+        used = f", of which `--max-tokens` takes {len(ids)}" if len(ids) < len(whole) else ""
         raise EvaluationError(
-            f"The text has {len(ids)} tokens; a window takes {window}. Give more text or a smaller "
-            "window."
+            f"The text has {len(whole)} tokens{used}; a window takes {window}. Give more text or a "
+            "smaller window (`--window`)."
         )
     windows: Tensor = ids[: count * window].view(count, window)
     return windows

@@ -33,7 +33,7 @@ from flute.cpu.ready import Ready
 from flute.cpu.structures import TYPES
 from flute.front import Front, put, take_away
 from flute.linear import LutLinear
-from flute.ops import is_plain_call
+from flute.plain_call import is_plain_call
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types of transformers whose blocks are what `kernels/cpu/block.h` says."""

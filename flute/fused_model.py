@@ -31,7 +31,7 @@ from flute.cpu.held import Held
 from flute.cpu.stack import Past, Stack
 from flute.front import Front, put, take_away
 from flute.fused import ARCHITECTURES, FusedBlock, Parts, fits
-from flute.ops import is_plain_call
+from flute.plain_call import is_plain_call
 
 _KINDS = {
     f"transformers.models.{name}.modeling_{name}.{name.capitalize()}Model" for name in ARCHITECTURES

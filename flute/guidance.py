@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flute.calibration import CalibrationError, check_windows, evaluating, explain_out_of_memory
+from flute.block_walk import evaluating, explain_out_of_memory
+from flute.calibration import CalibrationError, check_windows
 from flute.errors import UnsupportedProblemError
 
 GROUPS = 4

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flute.calibration import BlockWalk, CalibrationError, evaluating
+from flute.block_walk import BlockWalk, evaluating
+from flute.calibration import CalibrationError
 from flute.errors import UnsupportedProblemError
 
 

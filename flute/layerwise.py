@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from flute.architecture import meta_model, model_keys
+from flute.block_walk import Block, BlockWalk, explain_out_of_memory, find_blocks
 from flute.blockwise import quantize_block, quantize_head
-from flute.calibration import Block, BlockWalk, check_windows, explain_out_of_memory, find_blocks
+from flute.calibration import check_windows
 from flute.checkpoint import CheckpointReader, open_safetensors
 from flute.dense import output_head
 from flute.end_to_end import quantize_end_to_end

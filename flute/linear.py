@@ -1,16 +1,14 @@
 """`LutLinear`: a linear layer whose weight is table-quantised. Drops in for `torch.nn.Linear`.
 
-Owns which order the codes and scales of a layer are in. As stored, and wherever there are no
-kernels: plain order. From the first call or `flute.prepare` on, in place of it, kernel order on a
-GPU with kernels and CPU order on a CPU with kernels. Whatever leaves the layer (state dict, pickle,
-another device) is plain again.
+Owns when the weight (`flute.lut_weight`) takes which order: plain order as loaded, and wherever
+there are no kernels; from the first call or `flute.prepare` on, in place of it, kernel order on a
+GPU with kernels and CPU order on a CPU with kernels. Owns the products that are kept ready.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,24 +16,16 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn.modules import module
 
 from flute.concat import concat_weights
-from flute.constant import Constant
-from flute.cpu import library as cpu
 from flute.cpu.ready import Ready as CpuReady
 from flute.cpu.ready import make_ready as make_cpu_ready
 from flute.cuda import Ready, make_ready
 from flute.device import warn_slow, why_not
 from flute.errors import FormatError
-from flute.format import (
-    TENSOR_NAMES,
-    PackedWeight,
-    QuantizedWeight,
-    QuantSpec,
-    check_table,
-)
-from flute.kernel_order import to_kernel_order, to_plain_order
-from flute.ops import is_plain_call, is_watched, lut_gemm
-from flute.pack import pack_codes, unpack_codes
-from flute.reference import dequantize_packed
+from flute.format import PackedWeight, QuantizedWeight, QuantSpec
+from flute.lut_weight import LutWeight
+from flute.ops import lut_gemm
+from flute.pack import pack_codes
+from flute.plain_call import is_plain_call, is_watched
 
 _lock = threading.Lock()
 """Held while a layer changes order at its first call."""
@@ -45,7 +35,7 @@ _MAX_READY = 64
 """Shapes and dtypes of x for which a layer keeps a product ready."""
 
 
-class LutLinear(nn.Module):
+class LutLinear(LutWeight):
     """Compute ``x @ (table[codes] * scales).T + bias``.
 
     The parameters carry the names, shapes and dtypes of the tensors on disk, so a state dict is a
@@ -71,6 +61,9 @@ class LutLinear(nn.Module):
         FormatError: K is not a multiple of the group size, or ``table_ends`` does not ascend to N.
     """
 
+    _ready: dict[tuple[object, ...], Ready | CpuReady]
+    """Products kept ready, by shape, dtype and device of x."""
+
     def __init__(
         self,
         in_features: int,
@@ -84,28 +77,20 @@ class LutLinear(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.spec = in_features, out_features, spec
-        self.kernel_order = False
-        """Whether ``codes`` and ``scales`` are in the order of `flute.kernel_order`."""
-        self.table_ends = tuple(table_ends)
-        """Where each range of rows with a table of its own ends; else empty."""
-        self._settled = False  # whether the order suits the device
-        self._ready: dict[tuple[object, ...], Ready | CpuReady] = {}
-        N, K, num_tables = out_features, in_features, len(self.table_ends)
-        if table_per_row and num_tables:
-            raise FormatError("`table_per_row` and `table_ends` were given; expected one of them.")
-
-        def parameter(shape: tuple[int, ...], dtype: torch.dtype | None) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-
-        self.codes = parameter((N, spec.num_words(K)), torch.int32)
-        self.scales = parameter((N, spec.num_groups(K)), scale_dtype)
-        num_tables = num_tables or (N if table_per_row else 1)
-        self.table = parameter((num_tables, spec.num_entries), torch.float32)
-        check_table(self.table, N, spec, self.table_ends)
+        super().__init__(
+            in_features,
+            out_features,
+            spec,
+            table_per_row=table_per_row,
+            table_ends=table_ends,
+            scale_dtype=scale_dtype,
+            device=device,
+        )
+        added = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.bias: nn.Parameter | None
-        self.register_parameter("bias", parameter((N,), dtype) if bias else None)
+        self.register_parameter(
+            "bias", None if added is None else nn.Parameter(added, requires_grad=False)
+        )
 
     @classmethod
     def from_quantized(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> LutLinear:
@@ -153,20 +138,6 @@ class LutLinear(nn.Module):
         for name, tensor in parts.items():
             setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
         return layer
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set as `nn.Module` does; a parameter of the weight becomes a constant.
-
-        Before accelerate hooks the layer, which sets ``_old_forward`` first, its weight is put as
-        it is stored: the hooks bring tensors of the state dict.
-        """
-        if name == "_old_forward":
-            self.to_plain_order()
-        if name in TENSOR_NAMES and isinstance(value, nn.Parameter):
-            Constant.of(value)
-            self._ready.clear()
-            self._settled = False
-        super().__setattr__(name, value)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Call `forward` as every module does, or, where nobody could tell, what it comes down to.
@@ -228,12 +199,6 @@ class LutLinear(nn.Module):
         self._ready[x.shape, x.dtype, x.device] = ready
         return ready(x, parameters)
 
-    def packed_weight(self) -> PackedWeight:
-        """Return the tensors as they are, in the order they are in."""
-        tensors = (self.codes.data, self.scales.data, self.table.data)
-        sizes = (self.out_features, self.in_features)
-        return PackedWeight(*tensors, self.spec, *sizes, self.table_ends)
-
     def _settle(self, x: Tensor) -> None:
         """Change to the order that suits the device, at the first call there.
 
@@ -260,7 +225,6 @@ class LutLinear(nn.Module):
                     self.to_cpu_order()
         self._settled = True
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _settle_traced(self) -> bool:
         """Change to the order of a CPU's kernels while `torch.compile` looks at the layer.
 
@@ -272,167 +236,9 @@ class LutLinear(nn.Module):
                 self.to_cpu_order()
         return self.cpu_order
 
-    def takes_kernels(self) -> bool:
-        """Tell whether kernels serve this layer where it is."""
-        return (
-            self.in_features % 32 == 0
-            and self.codes.numel() > 0
-            and not why_not(self.codes.device)
-            and not _is_offloaded(self)
-        )
-
-    @property
-    def cpu_order(self) -> bool:
-        """Whether ``codes`` and ``scales`` are in the order of `flute.cpu.library`."""
-        return self.codes.dtype == torch.uint8
-
-    def takes_cpu_kernels(self) -> bool:
-        """Tell whether the CPU's kernels serve this layer; warn once if there are none."""
-        if self.codes.device.type != "cpu" or not self.codes.numel() or _is_offloaded(self):
-            return False
-        if type(self.codes.data) is not Tensor:  # traced: memory is not real
-            return False
-        if cpu.why_not():
-            if not cpu.is_turned_off():
-                cpu.warn_slow()
-            return False
-        return True
-
-    def to_cpu_order(self, exact: bool = False) -> None:
-        """Put codes and scales into the order of the CPU's kernels, in place, in parallel.
-
-        Args:
-            exact: sum in fp32, whatever ``$FLUTE_CPU_EXACT`` says; else in fixed point, whose error
-                is below 5e-4 (relative norm).
-
-        Raises:
-            UnsupportedProblemError: there are no kernels; the message says why.
-        """
-        if self.cpu_order and not exact:
-            return
-        self._ready.clear()
-        self.codes.data, self.scales.data = cpu.order(self._plain(), exact)
-        self.kernel_order, self._settled = False, True
-
-    def to_kernel_order(self) -> None:
-        """Put codes and scales into kernel order, in place; on any device, for any K % 32 == 0.
-
-        Raises:
-            FormatError: K is not a multiple of 32.
-        """
-        if self.kernel_order:
-            return
-        plain = self._plain()
-        codes, scales = to_kernel_order(
-            plain.packed, plain.scales, self.spec.num_bits, self.in_features
-        )
-        self._ready.clear()
-        self.codes.data, self.scales.data = codes, scales
-        self.kernel_order = True
-        if codes.is_cuda:
-            # NOTE: kernels read weights before the previous kernel has ended (dependent launch).
-            torch.cuda.current_stream(codes.device).synchronize()
-
-    def to_plain_order(self) -> None:
-        """Put codes and scales back as they are stored, in place."""
-        self._ready.clear()
-        if self.kernel_order or self.cpu_order:
-            self.codes.data, self.scales.data = self._plain()[:2]
-            self.kernel_order = False
-        self._settled = False
-
-    def _plain(self) -> PackedWeight:
-        """Return the weight as it is stored."""
-        weight = self.packed_weight()
-        if self.cpu_order:
-            return cpu.restore(weight)
-        if not self.kernel_order:
-            return weight
-        packed, scales, _, spec, N, K, _ = weight
-        packed, scales = to_plain_order(packed, scales, spec.num_bits, N, K, spec.num_groups(K))
-        return weight._replace(packed=packed, scales=scales)
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.kernel_order or self.cpu_order:
-            destination[prefix + "codes"], destination[prefix + "scales"] = self._plain()[:2]
-        if self.table_ends:
-            ends = torch.tensor(self.table_ends, dtype=torch.int32)
-            destination[prefix + "table_ends"] = ends
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        self.to_plain_order()
-        key = prefix + "table_ends"
-        if self.table_ends and key in state_dict:
-            ends = tuple(state_dict[key].tolist())
-            state_dict = {name: value for name, value in state_dict.items() if name != key}
-            try:
-                check_table(self.table, self.out_features, self.spec, ends)
-                self.table_ends = ends
-            except FormatError as error:
-                error_msgs.append(f"{key}: {error}")
-        elif self.table_ends:
-            missing_keys.append(key)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what is copied and pickled: the layer in plain order."""
-        state = self.__dict__.copy()
-        state["_ready"] = {}
-        if self.kernel_order or self.cpu_order:
-            plain, parameters = self._plain(), dict(self._parameters)
-            parameters["codes"], parameters["scales"] = map(Constant, plain[:2])
-            state |= {"_parameters": parameters, "kernel_order": False, "_settled": False}
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a state; parameters are pickled without their class."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._make_constants()
-
-    def _make_constants(self) -> None:
-        for name in TENSOR_NAMES:
-            parameter = self._parameters.get(name)
-            if parameter is not None:
-                Constant.of(parameter)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LutLinear:
-        """Move everything, but let casts (`half`, `to(dtype)`) reach only the bias."""
-        self._ready.clear()
-        if fn(self.codes.data[:0]).device != self.codes.device:
-            self.to_plain_order()
-        parameters = {name: self._parameters.get(name) for name in TENSOR_NAMES}
-        kept = {name: p.data for name, p in parameters.items() if p is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in kept.items():
-            parameter = getattr(self, name)
-            if parameter.dtype != tensor.dtype:
-                parameter.data = tensor.to(parameter.device)
-        self._make_constants()
-        return self
-
-    def quantized_weight(self) -> QuantizedWeight:
-        """Return the unpacked weight, checked against the format's invariants."""
-        weight = self._plain()
-        codes = unpack_codes(weight.packed, self.spec.num_bits, self.in_features)
-        return QuantizedWeight(codes, weight.scales, weight.table, self.spec, self.table_ends)
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the dense weight, shape (N, K)."""
-        return dequantize_packed(self._plain(), dtype)
+    # Why not `torch.compiler.assume_constant_result`, which does this: it imports torch._dynamo,
+    # half of what `import flute` takes (2.1 of 4.7 s on two busy cores, torch 2.13).
+    _settle_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def extra_repr(self) -> str:
         """Return what `print` shows of the layer."""
@@ -441,9 +247,3 @@ class LutLinear(nn.Module):
             f"bias={self.bias is not None}, num_bits={self.spec.num_bits}, "
             f"group_size={self.spec.group_size}"
         )
-
-
-def _is_offloaded(layer: nn.Module) -> bool:
-    """Tell whether accelerate brings the layer's weights from elsewhere for each call."""
-    hook = getattr(layer, "_hf_hook", None)
-    return any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,)))

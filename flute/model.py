@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flute.block_walk import BlockWalk
 from flute.blockwise import (
     head_config,
     joined,
@@ -25,7 +26,7 @@ from flute.blockwise import (
     quantize_head,
     quantize_weight,
 )
-from flute.calibration import BlockWalk, CalibrationError
+from flute.calibration import CalibrationError
 from flute.dense import check_head, untie_head, why_dense
 from flute.end_to_end import quantize_end_to_end
 from flute.errors import FormatError, UnsupportedProblemError

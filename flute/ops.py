@@ -1,4 +1,4 @@
-"""The ops `flute::lut_gemm` and `flute::dequantize`: check the arguments, pick a path, run it.
+"""The ops `flute::lut_gemm` and `flute::dequantize`: pick a path, run it.
 
 Registered with `torch.library`, so it works under `torch.compile(fullgraph=True)`, CUDA graphs,
 autocast and autograd (for ``x`` and ``bias``; codes, scales and table are constants).
@@ -7,10 +7,11 @@ autocast and autograd (for ``x`` and ``bias``; codes, scales and table are const
         plain order, as stored: PyTorch, on any device                       reference.py
         kernel order, on a GPU with kernels, x of 16 bits: kernels           cuda.py
         kernel order otherwise: back to plain order, then PyTorch
-        CPU order: kernels in C                                              cpu/library.py
+        CPU order: kernels in C                                              cpu/products.py
 
 ``out_features`` tells the orders apart: None means plain order; N means kernel order, or CPU order
-if the codes are uint8.
+if the codes are uint8. `flute.op_arguments` checks what the ops are given, `flute.plain_call` says
+where the dispatcher may be left out.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from torch.compiler import is_dynamo_compiling
 
 from flute import cuda, reference
 from flute.cpu import library as cpu
-from flute.cpu.structures import is_by_rows
+from flute.cpu import products
 from flute.device import gpu_of, warn_unprepared, why_not
 from flute.errors import FormatError, UnsupportedProblemError
-from flute.format import FLOAT_DTYPES, PackedWeight, QuantSpec, check_scales, check_table
-from flute.kernel_order import CHUNK_K, TILE_N, num_tiles, padded_k, to_plain_order
-from flute.pack import check_packed
+from flute.format import FLOAT_DTYPES, PackedWeight, QuantSpec
+from flute.kernel_order import to_plain_order
+from flute.op_arguments import check_product, check_weight, checked_product
+from flute.plain_call import is_plain_call
 from flute.plans import MAX_MMA_M
 
 _SCHEMAS = (
@@ -41,9 +43,6 @@ _SCHEMAS = (
     "int[]? table_ends=None) -> Tensor",
 )
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16)
-_MAX_CHECKED = 4096
-_checked: dict[tuple[object, ...], tuple[QuantSpec, int, tuple[int, ...]]] = {}
-"""What a call's shapes, dtypes, devices and numbers were found to mean; see `_weight_of`."""
 
 
 def lut_gemm(
@@ -72,7 +71,7 @@ def lut_gemm(
         bias: any floating dtype, shape (N,), or None.
         out_features: None if ``packed`` and ``scales`` are as stored; N if they are in the order of
             `flute.kernel_order.to_kernel_order`, which is what GPU kernels read, or of
-            `flute.cpu.library.order` (uint8), which is what CPU kernels read.
+            `flute.cpu.products.order` (uint8), which is what CPU kernels read.
         table_ends: where each of R ranges of rows ends, ascending, the last N; empty if there is
             one table, or one per row. Kernels read up to 8 ranges that end at multiples of 16; of
             others they are given a table per row, made anew in each call.
@@ -95,39 +94,6 @@ def lut_gemm(
     else:
         out = torch.ops.flute.lut_gemm.default(flat, *args)
     return out if x.ndim == 2 else out.view(*x.shape[:-1], out.shape[-1])
-
-
-def is_plain_call(x: Tensor, bias: Tensor | None = None) -> bool:
-    """Tell whether nothing watches this call: no tracing, mode, autocast, transform or gradient.
-
-    Then the op's implementation may be called without the dispatcher, which takes 10 us.
-    """
-    return (
-        type(x) is Tensor
-        and not (
-            (x.requires_grad or (bias is not None and bias.requires_grad))
-            and torch.is_grad_enabled()
-        )
-        and not _autocasts()
-        and not _num_dispatch_modes()
-        and not _has_function_mode()
-        and _transform() is None
-        and _trace() is None
-        and forward_ad._current_level < 0
-    )
-
-
-def is_watched() -> bool:
-    """Tell whether a transform or mode runs calls: then tensors may not be what they seem."""
-    return _transform() is not None or bool(_num_dispatch_modes())
-
-
-# Why: names of this module are found sooner, 0.15 us in all for `is_plain_call`.
-_autocasts = torch._C._is_any_autocast_enabled
-_num_dispatch_modes = torch._C._len_torch_dispatch_stack
-_has_function_mode = torch._C._is_torch_function_mode_enabled
-_transform = torch._C._functorch.peek_interpreter_stack
-_trace = torch._C._get_tracing_state
 
 
 _REFERENCE = "reference (PyTorch): dequantise to float32, multiply in float32"
@@ -165,132 +131,6 @@ def path_of(device: torch.device, dtype: torch.dtype) -> str:
     return f"M <= 8: decode kernels for {arch}; {more}; K not a multiple of 32: {_REFERENCE}"
 
 
-def _weight_of(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    table: Tensor,
-    bias: Tensor | None,
-    num_bits: int,
-    group_size: int,
-    out_features: int | None = None,
-    table_ends: Sequence[int] | None = None,
-) -> PackedWeight:
-    """Check the arguments of a product, by what depends on shapes, dtypes, devices and numbers."""
-    spec = QuantSpec(num_bits, group_size)
-    if x.ndim != 2 or x.dtype not in FLOAT_DTYPES:
-        raise FormatError(
-            f"`x` is {x.dtype} of shape {tuple(x.shape)}; expected fp16, bf16 or fp32 (M, K)."
-        )
-    K, N = x.shape[1], out_features
-    weight = _packed_weight(packed, scales, table, spec, K, N, table_ends)
-    if bias is not None and tuple(bias.shape) != (weight.N,):
-        raise FormatError(f"`bias` has shape {tuple(bias.shape)}; expected (N,) = ({weight.N},).")
-    if bias is not None and not bias.is_floating_point():
-        raise FormatError(f"`bias` is {bias.dtype}; expected a floating-point dtype.")
-    for name, tensor in (("packed", packed), ("scales", scales), ("table", table), ("bias", bias)):
-        if tensor is not None and tensor.device != x.device:
-            raise FormatError(f"`{name}` is on {tensor.device}; expected {x.device}, where `x` is.")
-    return weight
-
-
-def _packed_weight(
-    packed: Tensor,
-    scales: Tensor,
-    table: Tensor,
-    spec: QuantSpec,
-    K: int,
-    out_features: int | None,
-    table_ends: Sequence[int] | None,
-) -> PackedWeight:
-    """Check a weight's tensors, in kernel order if ``out_features`` is a number."""
-    ends = tuple(table_ends or ())
-    if out_features is None:
-        check_packed(packed, spec.num_bits, K)
-        N = packed.shape[0]
-        check_scales(scales, N, K, spec)
-        check_table(table, N, spec, ends)
-        return PackedWeight(packed, scales, table, spec, N, K, ends)
-    if packed.dtype == torch.uint8:
-        return _cpu_weight(packed, scales, table, spec, K, out_features, ends)
-    N, groups = out_features, spec.num_groups(K)
-    tiles = num_tiles(N)
-    shape = (tiles, padded_k(K) // CHUNK_K, TILE_N * CHUNK_K * spec.num_bits // 32)
-    if tuple(packed.shape) != shape or packed.dtype != torch.int32 or not packed.is_contiguous():
-        raise FormatError(
-            f"`packed` is {packed.dtype} of shape {tuple(packed.shape)}; expected contiguous int32 "
-            f"{shape} in kernel order for N={N}, K={K}, num_bits={spec.num_bits}."
-        )
-    one = groups == 1
-    expected = (tiles * TILE_N,) if one else (tiles, padded_k(K) * groups // K, 8, 2)
-    if tuple(scales.shape) != expected or not scales.is_contiguous():
-        raise FormatError(
-            f"`scales` has shape {tuple(scales.shape)}; expected contiguous {expected} in kernel "
-            f"order for N={N}, K={K}, group_size={spec.group_size}."
-        )
-    if scales.dtype not in FLOAT_DTYPES:
-        raise FormatError(f"`scales` is {scales.dtype}; expected float16, bfloat16 or float32.")
-    check_table(table, N, spec, ends)
-    return PackedWeight(packed, scales, table, spec, N, K, ends)
-
-
-def _cpu_weight(
-    packed: Tensor,
-    scales: Tensor,
-    table: Tensor,
-    spec: QuantSpec,
-    K: int,
-    N: int,
-    ends: tuple[int, ...],
-) -> PackedWeight:
-    """Check a weight's tensors in CPU order."""
-    check_table(table, N, spec, ends)
-    shapes = cpu.order_shapes(N, K, spec, is_by_rows(table.shape[0], ends))
-    if (tuple(packed.shape), tuple(scales.shape)) != shapes:
-        raise FormatError(
-            f"`packed` and `scales` have shapes {tuple(packed.shape)} and {tuple(scales.shape)}; "
-            f"expected {shapes[0]} and {shapes[1]} in CPU order for N={N}, K={K}, {spec}."
-        )
-    if scales.dtype not in FLOAT_DTYPES:
-        raise FormatError(f"`scales` is {scales.dtype}; expected float16, bfloat16 or float32.")
-    if packed.device.type == "cuda":
-        raise FormatError(f"`packed` is in CPU order, on {packed.device}; expected the CPU.")
-    return PackedWeight(packed, scales, table, spec, N, K, ends)
-
-
-def _checked_weight(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    table: Tensor,
-    bias: Tensor | None,
-    num_bits: int,
-    group_size: int,
-    out_features: int | None = None,
-    table_ends: Sequence[int] | None = None,
-) -> PackedWeight:
-    """Do as `_weight_of`, looking up what was checked before: 2 us instead of 7."""
-    ends = None if table_ends is None else tuple(table_ends)
-    device = x.device
-    key = (
-        *(x.shape[1:], x.dtype, device, num_bits, group_size, out_features, ends),
-        *(packed.shape, packed.dtype, packed.is_contiguous(), packed.device == device),
-        *(scales.shape, scales.dtype, scales.is_contiguous(), scales.device == device),
-        *(table.shape, table.dtype, table.device == device),
-        None if bias is None else (bias.shape, bias.dtype, bias.device == device),
-    )
-    found = _checked.get(key)
-    if found is None:
-        weight = _weight_of(
-            x, packed, scales, table, bias, num_bits, group_size, out_features, ends
-        )
-        if len(_checked) >= _MAX_CHECKED:
-            _checked.clear()
-        found = _checked[key] = (weight.spec, weight.N, weight.table_ends)
-    spec, N, ends = found
-    return PackedWeight(packed, scales, table, spec, N, x.shape[1], ends)
-
-
 def _plain_weight(weight: PackedWeight) -> PackedWeight:
     """Put a weight in kernel order back as it is stored."""
     packed, scales, _, spec, N, K, _ = weight
@@ -300,9 +140,9 @@ def _plain_weight(weight: PackedWeight) -> PackedWeight:
 
 
 def _lut_gemm(x: Tensor, *args: Any) -> Tensor:
-    weight, bias = _checked_weight(x, *args), args[3]
+    weight, bias = checked_product(x, *args), args[3]
     if weight.packed.dtype == torch.uint8:
-        return cpu.multiply(x, weight, bias)
+        return products.multiply(x, weight, bias)
     has_kernels = x.dtype in _KERNEL_DTYPES and not why_not(x.device)
     if len(args) > 6 and args[6] is not None:  # in kernel order
         if has_kernels:
@@ -314,7 +154,7 @@ def _lut_gemm(x: Tensor, *args: Any) -> Tensor:
 
 
 def _lut_gemm_fake(x: Tensor, *args: Any) -> Tensor:
-    return x.new_empty(x.shape[0], _weight_of(x, *args).N)
+    return x.new_empty(x.shape[0], check_product(x, *args).N)
 
 
 def _dequantize(
@@ -329,11 +169,11 @@ def _dequantize(
     table_ends: Sequence[int] | None = None,
 ) -> Tensor:
     spec = QuantSpec(num_bits, group_size)
-    weight = _packed_weight(packed, scales, table, spec, K, out_features, table_ends)
+    weight = check_weight(packed, scales, table, spec, K, out_features, table_ends)
     if dtype not in FLOAT_DTYPES:
         raise FormatError(f"`dtype` is {dtype}; expected fp16, bf16 or fp32.")
     if packed.dtype == torch.uint8:
-        return cpu.dequantize(weight, dtype)
+        return products.dequantize(weight, dtype)
     if out_features is not None:
         if dtype in _KERNEL_DTYPES and not why_not(packed.device):
             return cuda.dequantize(weight, dtype)

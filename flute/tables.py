@@ -169,9 +169,10 @@ def read_table_file(path: Path) -> object:
         FormatError: no such name or file, an unknown suffix, or a file that cannot be parsed.
     """
     if not path.exists():
+        absent = ", and there is no such file" if path.suffix else ""
         raise FormatError(
-            f"`table` is {str(path)!r}; expected one of {FAMILIES} (with or without the bits, "
-            "as in 'nf4') or the path of a .json, .txt, .npy or .safetensors file."
+            f"`table` is {str(path)!r}{absent}; expected one of {FAMILIES} (with or without the "
+            "bits, as in 'nf4') or the path of a .json, .txt, .npy or .safetensors file."
         )
     readers: dict[str, Callable[[Path], object]] = {
         ".json": lambda p: json.loads(p.read_text()),

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flute.calibration import Block, BlockWalk, CalibrationError
+from flute.block_walk import Block, BlockWalk
+from flute.calibration import CalibrationError
 from flute.errors import FormatError
 from flute.format import QuantizedWeight
 from flute.methods.nfl import LearnedWeight

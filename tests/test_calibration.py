@@ -19,14 +19,8 @@ from transformers import AutoModelForCausalLM
 
 import flute
 from flute import blockwise, layerwise
-from flute.calibration import (
-    BlockWalk,
-    CalibrationError,
-    explain_out_of_memory,
-    find_blocks,
-    read_documents,
-    sample_windows,
-)
+from flute.block_walk import BlockWalk, explain_out_of_memory, find_blocks
+from flute.calibration import CalibrationError, read_documents, sample_windows
 from flute.cli import main
 from flute.errors import CheckpointError, FormatError, UnsupportedProblemError
 from flute.linear import LutLinear

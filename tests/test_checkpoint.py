@@ -136,7 +136,7 @@ def raises(message: str):
 
 
 def test_no_folder(tmp_path):
-    with raises(f"`{tmp_path / 'none'}` is not a folder; expected a model checkpoint."):
+    with raises(f"`{tmp_path / 'none'}` is not a folder; expected a model checkpoint, or the name"):
         CheckpointReader(tmp_path / "none")
     file = tmp_path / "file"
     file.write_text("")

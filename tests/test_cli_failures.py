@@ -6,12 +6,13 @@ import io
 import json
 import re
 import shutil
+import warnings
 
 import pytest
 import torch
 from helpers import DEMO_MODEL, edit_json, edit_tensors, folder_bytes, save_tiny
 
-from flute.cli import main
+from flute.cli import loading, main
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +294,21 @@ def test_bugs_keep_their_traceback(quantized, monkeypatch):
     monkeypatch.setattr("flute.evaluate.perplexity", fail)
     with pytest.raises(RuntimeError, match="a bug of ours"):
         main(["eval", str(quantized), "--window", "64", "--max-tokens", "256"])
+
+
+def test_a_warning_is_one_line_in_every_command(quantized, capsys, monkeypatch):
+    load = loading.load_tokenizer
+
+    def load_and_warn(path):
+        warnings.warn("something is slow", stacklevel=2)
+        return load(path)
+
+    monkeypatch.setattr(loading, "load_tokenizer", load_and_warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = None  # another command, run before, may have set its own
+        assert main(["generate", str(quantized), "a", "--max-new-tokens", "1"]) == 0
+    assert "warning: something is slow\n" in capsys.readouterr().err
 
 
 def test_doctor_tells_of_a_wrong_variant_instead_of_failing(capsys, monkeypatch):

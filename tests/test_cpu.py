@@ -15,6 +15,7 @@ from torch import nn
 import flute
 from flute import reference
 from flute.cpu import library as cpu
+from flute.cpu import products
 from flute.errors import FormatError, UnsupportedProblemError
 from flute.format import QuantizedWeight, QuantSpec
 from flute.linear import LutLinear
@@ -40,7 +41,7 @@ def variants():
 
 def ordered(weight, exact=False):
     packed = packed_weight(weight)
-    codes, scales = cpu.order(packed, exact)
+    codes, scales = products.order(packed, exact)
     return packed._replace(packed=codes, scales=scales)
 
 
@@ -63,13 +64,13 @@ def test_order_is_undone_and_dequantised_bit_for_bit(spec, tables, monkeypatch):
     for scale_dtype in DTYPES:
         weight = random_weight(21, columns(spec), spec, scale_dtype=scale_dtype, **TABLES[tables])
         stored, in_order = packed_weight(weight), ordered(weight)
-        restored = cpu.restore(in_order)
+        restored = products.restore(in_order)
         assert torch.equal(restored.packed, stored.packed)
         assert torch.equal(restored.scales, stored.scales)
         for name in variants():
             monkeypatch.setenv("FLUTE_CPU_VARIANT", name)
             for dtype in DTYPES:
-                out = cpu.dequantize(in_order, dtype)
+                out = products.dequantize(in_order, dtype)
                 assert torch.equal(out, reference.dequantize(weight, dtype))
 
 
@@ -87,16 +88,16 @@ def test_products_by_all_variants(spec, tables, dtype, monkeypatch):
         for name in variants():
             monkeypatch.setenv("FLUTE_CPU_VARIANT", name)
             monkeypatch.delenv("FLUTE_CPU_EXACT", raising=False)
-            outs.append(cpu.multiply(x, in_order, bias))
+            outs.append(products.multiply(x, in_order, bias))
             # Ratios of norms vary by a few tens of percent for 21 rows.
             assert relative_error(outs[-1], exact) <= 1.3 * ERROR[dtype]
             monkeypatch.setenv("FLUTE_CPU_EXACT", "1")
-            assert relative_error(cpu.multiply(x, in_order, bias), exact) <= EXACT_ERROR[dtype]
+            assert relative_error(products.multiply(x, in_order, bias), exact) <= EXACT_ERROR[dtype]
         if M <= 8:  # with more, which of the two ways is faster depends on the CPU
             assert all(torch.equal(out, outs[0]) for out in outs), "results depend on the variant"
         if 0 < M <= 8:  # nor does a token depend on its neighbours
-            alone = cpu.multiply(x[-1:], in_order, bias)
-            assert torch.equal(alone, cpu.multiply(x, in_order, bias)[-1:])
+            alone = products.multiply(x[-1:], in_order, bias)
+            assert torch.equal(alone, products.multiply(x, in_order, bias)[-1:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -111,11 +112,11 @@ def test_many_tokens(num_bits, tables, dtype, monkeypatch):
         monkeypatch.setenv("FLUTE_CPU_VARIANT", name)
         for direct in (0, 100):
             monkeypatch.setattr(cpu, "direct_m", lambda direct=direct: direct)
-            out = cpu.multiply(x, in_order, None)
+            out = products.multiply(x, in_order, None)
             assert relative_error(out, exact) <= 1.3 * max(ERROR[dtype], 5e-4)
             if direct:
                 for rows in (slice(31, 33), slice(64, 75)):  # nor does it depend on the call
-                    assert torch.equal(out[rows], cpu.multiply(x[rows], in_order, None))
+                    assert torch.equal(out[rows], products.multiply(x[rows], in_order, None))
 
 
 @pytest.mark.parametrize("num_bits", [2, 3, 4])
@@ -125,9 +126,9 @@ def test_several_weights_at_once_are_as_one_by_one(num_bits):
     biases = [torch.randn(21, generator=generator(1)), None, torch.randn(48).half()]
     for M in (0, 1, 3, 40):
         x = torch.randn(M, 256, generator=generator(M)).bfloat16()
-        outs = cpu.multiply_all(x, weights, biases)
+        outs = products.multiply_all(x, weights, biases)
         for out, weight, bias in zip(outs, weights, biases, strict=True):
-            assert torch.equal(out, cpu.multiply(x, weight, bias))
+            assert torch.equal(out, products.multiply(x, weight, bias))
 
 
 @pytest.mark.parametrize("kind", ["nf", "int", "fp"])
@@ -140,7 +141,7 @@ def test_error_of_fixed_point_on_real_tables(num_bits, kind):
         for outlier in (1, 10, 1000, 1e6):
             x = torch.randn(4, 1024, generator=generator(3))
             x[:, ::100] *= outlier
-            out = cpu.multiply(x, ordered(weight), None)
+            out = products.multiply(x, ordered(weight), None)
             assert relative_error(out, exact_product(x, weight)) <= 5e-4
 
 
@@ -157,7 +158,7 @@ def test_the_largest_sums_do_not_overflow(spec, sign, monkeypatch):
     for name in variants():
         monkeypatch.setenv("FLUTE_CPU_VARIANT", name)
         for value in (1.0, -3.0):
-            out = cpu.multiply(torch.full((2, K), value), in_order, None)
+            out = products.multiply(torch.full((2, K), value), in_order, None)
             assert relative_error(out, torch.full((2, 16), sign * value * K)) <= 1e-5
 
 
@@ -173,12 +174,12 @@ def test_inf_and_nan_travel_as_in_torch(M, value, dtype, tables, monkeypatch):
     finite = ordered(weight)
     for name in variants():
         monkeypatch.setenv("FLUTE_CPU_VARIANT", name)
-        out = cpu.multiply(x, finite, None)
+        out = products.multiply(x, finite, None)
         assert torch.equal(out.isnan(), dense.isnan())
         assert torch.equal(out[out.isinf()], dense[dense.isinf()])
         assert not bool(out[1].isfinite().any())
         if cpu.direct_m() >= M:  # else torch sums, and its order depends on how many there are
-            assert torch.equal(out[::2], cpu.multiply(x[::2], finite, None))
+            assert torch.equal(out[::2], products.multiply(x[::2], finite, None))
 
 
 def test_an_old_cpu_runs_plain_c(monkeypatch):
@@ -189,7 +190,10 @@ def test_an_old_cpu_runs_plain_c(monkeypatch):
     assert cpu.describe().startswith("scalar (of scalar)")
     weight = random_weight(21, 256, QuantSpec(4, 64))
     x = torch.randn(20, 256, generator=generator(1))
-    assert relative_error(cpu.multiply(x, ordered(weight), None), exact_product(x, weight)) <= 5e-4
+    assert (
+        relative_error(products.multiply(x, ordered(weight), None), exact_product(x, weight))
+        <= 5e-4
+    )
     monkeypatch.setenv("FLUTE_CPU_VARIANT", "avx512")
     with pytest.raises(UnsupportedProblemError, match=r"expected one of \('none', 'scalar'\)"):
         cpu.variant()
@@ -207,8 +211,11 @@ def test_batches_of_size_zero(leading):
 def test_numbers_at_the_ends_of_fp32(size):
     weight = random_weight(21, 256, QuantSpec(3, 64))
     x = torch.randn(2, 256, generator=generator(2)) * size
-    assert relative_error(cpu.multiply(x, ordered(weight), None), exact_product(x, weight)) <= 5e-4
-    assert bool((cpu.multiply(x * 0, ordered(weight), None) == 0).all())
+    assert (
+        relative_error(products.multiply(x, ordered(weight), None), exact_product(x, weight))
+        <= 5e-4
+    )
+    assert bool((products.multiply(x * 0, ordered(weight), None) == 0).all())
 
 
 def test_a_table_that_16_bits_cannot_hold_is_exact():
@@ -217,9 +224,12 @@ def test_a_table_that_16_bits_cannot_hold_is_exact():
     weight.codes.clamp_(max=14)
     weight.table[0, 15] = 1e6
     x = torch.randn(2, 256, generator=generator(2))
-    assert relative_error(cpu.multiply(x, ordered(weight), None), exact_product(x, weight)) <= 1e-6
+    assert (
+        relative_error(products.multiply(x, ordered(weight), None), exact_product(x, weight))
+        <= 1e-6
+    )
     weight.table.zero_()
-    assert bool((cpu.multiply(x, ordered(weight), None) == 0).all())
+    assert bool((products.multiply(x, ordered(weight), None) == 0).all())
 
 
 def test_x_and_bias_of_odd_strides():
@@ -227,14 +237,14 @@ def test_x_and_bias_of_odd_strides():
     in_order = ordered(weight)
     x = torch.randn(4, 256, generator=generator(4))
     bias = torch.randn(42, generator=generator(5)).double()[::2]
-    expected = cpu.multiply(x, in_order, bias.float())
+    expected = products.multiply(x, in_order, bias.float())
     wide = torch.stack((x, torch.full_like(x, torch.nan)), -1)
     memory = torch.empty(4 * 256 + 1)
     memory[1:].view(4, 256).copy_(x)
     for strided in (x.T.contiguous().T, wide[..., 0], memory[1:].view(4, 256), x.flip(0).flip(0)):
-        assert torch.equal(cpu.multiply(strided, in_order, bias), expected)
+        assert torch.equal(products.multiply(strided, in_order, bias), expected)
     assert torch.equal(
-        cpu.multiply(x[:1].expand(4, 256), in_order, bias), expected[:1].expand(4, 21)
+        products.multiply(x[:1].expand(4, 256), in_order, bias), expected[:1].expand(4, 21)
     )
 
 
@@ -246,7 +256,7 @@ def test_equal_for_any_number_of_threads(M):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            outs += [cpu.multiply(x, in_order, None) for _ in range(3)]
+            outs += [products.multiply(x, in_order, None) for _ in range(3)]
     finally:
         torch.set_num_threads(1)
     assert all(torch.equal(out, outs[0]) for out in outs)
@@ -256,13 +266,13 @@ def test_exact_by_argument_and_by_environment(monkeypatch):
     weight = random_weight(21, 256, QuantSpec(4, 64))
     x = torch.randn(2, 256, generator=generator(2))
     exact = exact_product(x, weight)
-    assert relative_error(cpu.multiply(x, ordered(weight), None), exact) > 1e-6
-    assert relative_error(cpu.multiply(x, ordered(weight, exact=True), None), exact) <= 1e-6
+    assert relative_error(products.multiply(x, ordered(weight), None), exact) > 1e-6
+    assert relative_error(products.multiply(x, ordered(weight, exact=True), None), exact) <= 1e-6
     model = nn.Sequential(LutLinear.from_quantized(weight))
     assert flute.prepare(model, exact=True) == 1
     assert relative_error(model(x), exact) <= 1e-6
     monkeypatch.setenv("FLUTE_CPU_EXACT", "1")
-    assert relative_error(cpu.multiply(x, ordered(weight), None), exact) <= 1e-6
+    assert relative_error(products.multiply(x, ordered(weight), None), exact) <= 1e-6
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for large pages")
@@ -270,7 +280,7 @@ def test_codes_of_a_large_weight_begin_at_a_large_page():
     weight = random_weight(2048, 4096, QuantSpec(4, 128))
     in_order = ordered(weight)
     assert in_order.packed.data_ptr() % (2 << 20) == 0
-    assert torch.equal(cpu.restore(in_order).packed, packed_weight(weight).packed)
+    assert torch.equal(products.restore(in_order).packed, packed_weight(weight).packed)
 
 
 # ---- layers
@@ -342,6 +352,13 @@ def test_compiled_and_exported():
     batch = torch.export.Dim("batch", min=2)
     program = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},))
     assert torch.equal(program.module()(x[:4]), layer(x[:4]))
+
+
+def test_the_layers_mark_for_dynamo_is_that_of_torch():
+    """It is set by hand, since torch's decorator imports dynamo."""
+    marked = torch.compiler.assume_constant_result(lambda: None)
+    assert vars(marked)
+    assert vars(marked).items() <= vars(LutLinear._settle_traced).items()
 
 
 @pytest.mark.parametrize("fullgraph", [True, False])

@@ -14,6 +14,7 @@ from torch import nn
 
 import flute
 from flute.cpu import library as cpu
+from flute.cpu import products
 from flute.cpu.ready import open_scope
 from flute.format import QuantSpec
 from flute.linear import LutLinear
@@ -33,7 +34,7 @@ def make(N=21, *, bias=True, **kwargs):
 def expected(layer, x):
     """What the library gives when it looks at each call."""
     flat = x.reshape(-1, K)
-    return cpu.multiply(flat, layer.packed_weight(), layer.bias).view(*x.shape[:-1], -1)
+    return products.multiply(flat, layer.packed_weight(), layer.bias).view(*x.shape[:-1], -1)
 
 
 def draw(*shape, dtype=torch.float32):

@@ -113,6 +113,8 @@ def test_bad_windows_are_refused():
         to_windows("text", tokenizer, 1)
     with pytest.raises(EvaluationError, match="The text has 2 tokens; a window takes 64"):
         to_windows("the king", tokenizer, 64)
+    with pytest.raises(EvaluationError, match="2 tokens, of which `--max-tokens` takes 1;"):
+        to_windows("the king", tokenizer, 2, max_tokens=1)
     with pytest.raises(EvaluationError, match="The text has 0 tokens"):
         to_windows("", tokenizer, 64)
     model = tiny_model()

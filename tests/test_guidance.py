@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from flute import quantize_model
-from flute.calibration import BlockWalk, CalibrationError
+from flute.block_walk import BlockWalk
+from flute.calibration import CalibrationError
 from flute.divergence import kl_divergence
 from flute.errors import FormatError, UnsupportedProblemError
 from flute.guidance import output_weights

@@ -153,7 +153,7 @@ def test_rows_with_tables_of_their_own_in_blocks(monkeypatch):
 @pytest.mark.parametrize("num_tokens", [1, 5, 32])
 def test_a_head_on_a_cpu_takes_kernels_and_is_not_dequantised(monkeypatch, num_tokens):
     from flute import reference
-    from flute.cpu import library
+    from flute.cpu import library, products
 
     monkeypatch.delenv("FLUTE_CPU_VARIANT")
     if library.why_not():
@@ -170,7 +170,7 @@ def test_a_head_on_a_cpu_takes_kernels_and_is_not_dequantised(monkeypatch, num_t
         def forbidden(*args, **kwargs):
             raise AssertionError("a weight is dequantised")
 
-        monkeypatch.setattr(library, "_dequantize_into", forbidden)
+        monkeypatch.setattr(products, "_dequantize_into", forbidden)
         monkeypatch.setattr(reference, "dequantize_packed", forbidden)
         out = model.lm_head(hidden)
     exact = hidden.double() @ expected.double().T

@@ -526,7 +526,10 @@ def test_bad_weights_are_named(method, weight, message):
         ({"method": "gptq9"}, f"`method` is 'gptq9'; expected one of {(*METHODS, *CALIBRATED)}."),
         ({"method": "int", "table": "nf"}, "method='int' always uses the int table; drop `table`"),
         ({"method": "nf", "table": [0.0] * 16}, "method='nf' always uses the nf table"),
-        ({"method": "table"}, "method='table' needs `table`: a name, a list, a tensor or a file"),
+        (
+            {"method": "table"},
+            "method='table' needs `table` (`--table`): a name, a list",
+        ),
         ({"table": [1.0, 2.0]}, "`table` has shape (1, 2); expected 16 entries"),
         ({"num_bits": 8}, "`num_bits` is 8; expected one of (2, 3, 4)."),
         ({"group_size": 16}, "`group_size` is 16; expected one of (32, 64, 128, 256)"),

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 
+import huggingface_hub
 import pytest
 import torch
 from helpers import DEMO_MODEL, generator, save_tiny, tiny_model
@@ -170,6 +171,22 @@ def test_the_command(tmp_path, capsys):
         assert len({config.spec_of(f"{attention}{p}_proj") for p in "qkv"}) == 1
     card = (tmp_path / "out" / "README.md").read_text()
     assert re.search(r"\d+ linear layers at 2 bits and \d+ linear layers at \d bits", card)
+
+
+def test_every_step_of_the_command_takes_the_revision_that_was_asked_for(tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, revision=None, **_):
+        asked.append((name, revision))
+        return str(DEMO_MODEL)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    text = tmp_path / "text.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 400)
+    argv = ["quantize", "team/model", str(tmp_path / "out"), "--bits", "2.5", "--device", "cpu"]
+    argv += ["--samples", "1", "--sequence", "32", "--calibration", str(text)]
+    assert main([*argv, "--revision", "v2"]) == 0
+    assert set(asked) == {("team/model", "v2")}
 
 
 @pytest.mark.parametrize("bits", ["5", "1.5", "4.5", "0"])

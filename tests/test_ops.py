@@ -21,7 +21,7 @@ from helpers import (
 from torch import Tensor
 
 import flute
-from flute import device, ops
+from flute import device, op_arguments, ops
 from flute.errors import FormatError
 from flute.format import QuantSpec
 from flute.kernel_order import to_kernel_order
@@ -491,11 +491,11 @@ def test_a_weight_that_is_not_ready_is_told_once(monkeypatch):
 
 
 def test_what_was_checked_is_bounded(monkeypatch):
-    monkeypatch.setattr(ops, "_MAX_CHECKED", 4)
+    monkeypatch.setattr(op_arguments, "_MAX_CHECKED", 4)
     for N in range(1, 20):
         _, args = arguments(N, 32, QuantSpec(4, 32), torch.float32)
         assert call(*args).shape == (3, N)
-        assert len(ops._checked) <= 4 or N < 4
+        assert len(op_arguments._checked) <= 4 or N < 4
 
 
 RELOAD = """

@@ -14,7 +14,7 @@ from helpers import generator, random_weight, relative_error
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flute import cuda, launchers, linear, ops
+from flute import cuda, launchers, linear, lut_weight, ops
 from flute.errors import UnsupportedProblemError
 from flute.format import PackedWeight, QuantSpec
 from flute.kernel_order import to_plain_order
@@ -90,7 +90,7 @@ def kernels(monkeypatch):
         cuda, "_empty", lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype)
     )
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    for module in (ops, linear, cuda):
+    for module in (ops, linear, lut_weight, cuda):
         monkeypatch.setattr(module, "why_not", lambda device: "")
     return made
 

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "flute"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("errors", "version"),
-    ("constant", "format", "bof", "front"),
+    ("constant", "format", "bof", "front", "calibration", "plain_call"),
     ("tables", "pack", "jit"),
     ("kernel_order", "reference"),
     ("config",),
@@ -28,10 +28,10 @@ LAYERS = (
     ("candidates",),
     ("plans",),
     ("tuning", "cpu", "cuda_quantize"),
-    ("methods", "launchers", "timing", "model_shapes"),
-    ("concat", "cuda", "precompile", "dense", "groups"),
+    ("methods", "launchers", "timing", "model_shapes", "op_arguments"),
+    ("concat", "lut_weight", "cuda", "precompile", "dense", "groups"),
     ("ops", "operands"),
-    ("linear", "dense_linear", "tune", "calibration", "experts"),
+    ("linear", "dense_linear", "tune", "block_walk", "experts"),
     ("training", "siblings", "fused", "guidance", "head_inputs"),
     ("blockwise", "fused_model"),
     ("checkpoint", "end_to_end"),
@@ -153,7 +153,8 @@ socket.socket.connect = socket.getaddrinfo = connect
 start = time.process_time()
 import flute
 seconds = time.process_time() - start
-loaded = {"transformers", "accelerate", "bitsandbytes", "matplotlib", "rich"} & set(sys.modules)
+others = {"transformers", "accelerate", "bitsandbytes", "matplotlib", "rich", "torch._dynamo"}
+loaded = others & set(sys.modules)
 assert not loaded, loaded
 assert not torch.cuda.is_initialized(), "CUDA"
 print(seconds, file=open(sys.argv[1], "w"))

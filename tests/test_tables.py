@@ -227,7 +227,11 @@ def test_other_bits_are_refused(num_bits):
             "`table` is 'nf3'; expected one of ('int', 'fp', 'nf', 'bof', 'bof-s') (with or",
         ),
         ("normal", 4, "`table` is 'normal'; expected one of ('int', 'fp', 'nf', 'bof', 'bof-s')"),
-        ("missing.json", 4, "`table` is 'missing.json'; expected one of"),
+        (
+            "missing.json",
+            4,
+            "`table` is 'missing.json', and there is no such file; expected",
+        ),
     ],
 )
 def test_a_bad_table_is_named(table, num_bits, message):

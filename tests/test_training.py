@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import flute
 from flute import layerwise, quantize_model
-from flute.calibration import BlockWalk, CalibrationError
+from flute.block_walk import BlockWalk
+from flute.calibration import CalibrationError
 from flute.errors import FormatError
 from flute.methods.nfl import LearnedWeight
 from flute.model import QuantizeOptions

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from flute import __version__
 from flute.cli import convert, doctor, evaluate, generate, inspect, quantize, serve, tune
-from flute.console import report_error
+from flute.console import report_error, show_warnings_plainly
 from flute.errors import FluteError
 
 COMMANDS = (quantize, generate, serve, evaluate, inspect, convert, tune, doctor)
@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     args = build_parser().parse_args(argv)
+    show_warnings_plainly()
     try:
         code: int = args.run(args)
     except FluteError as error:

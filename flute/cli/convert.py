@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from flute.console import Bar, add_json, print_json, print_table, show_warnings_plainly
+from flute.console import Bar, add_json, print_json, print_table
 
 _EPILOG = """\
 Read are bitsandbytes 4-bit checkpoints (nf4 and fp4, single and double quantised) and those of the
@@ -52,7 +52,6 @@ def run(args: argparse.Namespace) -> int:
     """Convert, and print what was done."""
     from flute.integrations.convert import convert_checkpoint
 
-    show_warnings_plainly()
     with Bar("converting", "weights") as bar:
         conversion = convert_checkpoint(
             args.model,

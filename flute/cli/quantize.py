@@ -21,8 +21,8 @@ from flute.console import (
     pick_device,
     print_json,
     print_table,
+    quiet_transformers,
     seed,
-    show_warnings_plainly,
 )
 from flute.format import NUM_BITS, SCALE_DTYPES, WHOLE_ROW, CheckpointConfig
 from flute.methods import CALIBRATED, METHODS, TABLE_SCOPES
@@ -252,13 +252,20 @@ def _learn_options(args: argparse.Namespace) -> LearnOptions | None:
     return LearnOptions(**said) if said else None
 
 
+def _folder(args: argparse.Namespace) -> str:
+    """Return the folder of the dense model, of the revision that was asked for."""
+    from flute.stream import find_source
+
+    return str(find_source(args.model, args.revision))
+
+
 def _windows(args: argparse.Namespace) -> Tensor:
     """Token ids of the calibration text."""
     from flute.calibration import read_documents, sample_windows
     from flute.cli.loading import load_tokenizer
 
     documents = read_documents(args.calibration)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(_folder(args))
     return sample_windows(documents, tokenizer, args.samples, args.sequence, args.seed)
 
 
@@ -271,7 +278,8 @@ def _choose_bits(
     from flute.model import plan_model
     from flute.rotation import rotate_model
 
-    model = load_model(args.model, pick_device(args.device))
+    quiet_transformers()
+    model = load_model(_folder(args), pick_device(args.device))
     if options.hadamard:
         rotate_model(model)
     plan = plan_model(model, replace(options, head_bits=None, head_group_size=None))
@@ -287,7 +295,6 @@ def run(args: argparse.Namespace) -> int:
     from flute.model import QuantizeOptions, check_calibration
     from flute.stream import quantize_checkpoint
 
-    show_warnings_plainly()
     base_bits = int(args.bits)
     options = QuantizeOptions(
         base_bits,

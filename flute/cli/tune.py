@@ -18,7 +18,6 @@ from flute.console import (
     pick_device,
     print_json,
     report,
-    show_warnings_plainly,
 )
 from flute.errors import CheckpointError, FormatError
 from flute.format import NUM_BITS, SCALE_DTYPES
@@ -149,7 +148,6 @@ def run(args: argparse.Namespace) -> int:
     from flute import tuning
     from flute.tune import Tuner, check_device
 
-    show_warnings_plainly()
     start = time.monotonic()
     device = check_device(pick_device(args.device))
     tuner = Tuner(problems_of(args), device, args.top)

@@ -105,7 +105,7 @@ def _prebuilt(files: dict[str, str]) -> tuple[ctypes.CDLL | None, str]:
 
 
 def _compile(command: list[str]) -> Cubin:
-    """Compile each file, two at a time, and link them."""
+    """Compile each file, as many at a time as there are cores (at most 8), and link them."""
     with tempfile.TemporaryDirectory(prefix="flute-cc-") as scratch:
         out = Path(scratch) / "flute_cpu.so"
 

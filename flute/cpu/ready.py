@@ -1,8 +1,8 @@
 """Products made ready: what a layer's call hands to the library but for x and the result.
 
 Looking at a weight's shapes, dtypes and addresses takes longer than a small product, so a layer
-keeps what was found (`LutLinear`), for each shape and dtype of x. Within a `sharing` scope layers
-that are given the same x may be multiplied together; which, the scope decides.
+keeps what was found (`LutLinear`), for each shape and dtype of x. While a scope is open
+(`open_scope`), layers that are given the same x may be multiplied together; which, it decides.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def _multiply(weights: Any, results: Any, count: int, ready: Ready, x: Tensor) -
 
 
 def make_ready(x: Tensor, weight: PackedWeight, parameters: dict[str, Any]) -> Ready | None:
-    """Return a product made ready, or None if `library.multiply` has to look at each call.
+    """Return a product made ready, or None if `products.multiply` has to look at each call.
 
     Args:
         x: shape (..., K).

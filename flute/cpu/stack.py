@@ -69,7 +69,8 @@ class Stack:
     """
 
     def __init__(self, blocks: Sequence[Block], norm: Norm) -> None:
-        self.blocks, self._norm, first = tuple(blocks), norm, blocks[0]
+        self.blocks, first = tuple(blocks), blocks[0]
+        self._norm = norm  # its memory, whose address `_last` holds
         self._first, self._run = first, library.function("flute_blocks")
         self._each = (ctypes.c_void_p * len(blocks))(*(block.address for block in blocks))
         self._last = CNorm(norm.weight.data_ptr(), norm.eps)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,13 +170,6 @@ class BitsandbytesCheckpoint:
             requantize=self._requantize,
             name=prefix,
         )
-
-
-def convert_tensors(reader: CheckpointReader) -> Iterator[tuple[str, QuantizedWeight]]:
-    """Yield (layer name, converted weight) for each 4-bit layer of a checkpoint, one at a time."""
-    checkpoint = BitsandbytesCheckpoint(reader)
-    for name in checkpoint.shapes:
-        yield name, checkpoint.weight(name)
 
 
 def _read_quant_state(

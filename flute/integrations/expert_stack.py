@@ -20,12 +20,11 @@ from torch import Tensor
 
 from flute.format import PackedWeight, QuantSpec
 from flute.kernel_order import TILE_N
+from flute.launchers import MAX_RANGES
 from flute.ops import lut_gemm
 
 COPY_COST = 4
 """Experts that could multiply in the time that copying and multiplying one takes: a bound."""
-_MAX_RANGES = 8
-"""Most ranges of rows with a table of their own that one launch takes."""
 
 
 class ExpertStack(NamedTuple):
@@ -79,7 +78,7 @@ class ExpertStack(NamedTuple):
             count: of experts in all.
         """
         per_row = self.table.shape[1] == self.N
-        most = count if per_row else _MAX_RANGES // self.table.shape[1]
+        most = count if per_row else MAX_RANGES // self.table.shape[1]
         if most < 2 or (self.is_ordered and self.N % TILE_N):
             most = 1
         whole, rest = divmod(count, most)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 
 import torch
 
@@ -116,12 +115,3 @@ class OriginalCheckpoint:
         )
         scales = scales.to(SCALE_DTYPES[self.config.scale_dtype])
         return from_original(weight, scales, tables, tile=self._tile, name=name)
-
-
-def convert_tensors(
-    reader: CheckpointReader, *, tile: int | None = None
-) -> Iterator[tuple[str, QuantizedWeight]]:
-    """Yield (layer name, converted weight) for each linear of a checkpoint, one at a time."""
-    checkpoint = OriginalCheckpoint(reader, tile=tile)
-    for name in checkpoint.shapes:
-        yield name, checkpoint.weight(name)

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from flute.errors import FluteError
 
     if find_spec("vllm") is None:
-        report_error("vLLM is not installed here. Run `pip install vllm`.")
+        report_error("vLLM is not installed here. Run `pip install 'vllm>=0.25,<0.34'`.")
         return 1
     if not _exists(options.module):
         parser.error(f"there is no module `{options.module}`")

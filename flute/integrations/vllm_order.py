@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from flute.cpu import library as cpu
+from flute.cpu import products
 from flute.device import warn_slow, why_not
 from flute.format import PackedWeight
 from flute.kernel_order import to_kernel_order
@@ -45,7 +46,7 @@ def in_device_order(weight: PackedWeight, dtype: torch.dtype) -> tuple[PackedWei
         if not cpu.is_turned_off():
             cpu.warn_slow()
         return weight, None
-    packed, scales = cpu.order(weight)
+    packed, scales = products.order(weight)
     return weight._replace(packed=packed, scales=scales), weight.N
 
 

@@ -74,7 +74,7 @@ def resolve_table(
         return get_table(method, num_bits, group_size)
     if table is None and method == "table":
         raise FormatError(
-            "method='table' needs `table`: a name, a list, a tensor or a file of "
+            "method='table' needs `table` (`--table`): a name, a list, a tensor or a file of "
             f"{1 << num_bits} numbers."
         )
     return get_table("bof-s" if table is None else table, num_bits, group_size)

@@ -193,7 +193,13 @@ def table_of_rows(rows: Tensor, hessian: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def ranks_of(values: Tensor, bounds: Tensor, out: Tensor | None = None) -> Tensor:
-    """Count the bounds below each value: (N,) and ascending (1 | N, T - 1) -> int64 (N,)."""
+    """Count the bounds below each value: (N,) and ascending (1 | N, T - 1) -> int64 (N,).
+
+    Args:
+        values: fp32.
+        bounds: midpoints of neighbouring entries.
+        out: int64, shape (N,): where the ranks go; None makes it.
+    """
     if bounds.shape[0] == 1:
         return torch.bucketize(values, bounds[0], out=out)
     column = None if out is None else out.unsqueeze(1)

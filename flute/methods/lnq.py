@@ -31,7 +31,7 @@ from flute.methods.nearest import midpoints
 
 _ROUNDS = 4
 _SWEEPS = 2
-"""Rounds, and descents through the codes in each. See the measured facts in ARCHITECTURE.md."""
+"""Rounds, and descents through the codes in each."""
 _BLOCK = 128
 """Columns whose changes act at once; the rest hears of them by one matrix product."""
 _SCRATCH = 1 << 24

@@ -286,7 +286,9 @@ def test_a_converted_checkpoint_gives_the_logits_of_the_dequantised_model(
     assert len(result.shapes) == 14
     model = flute.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert isinstance(model.get_submodule(LAYER), flute.LutLinear)
-    for name, weight in bitsandbytes_checkpoint.convert_tensors(CheckpointReader(tmp_path / "bnb")):
+    checkpoint = bitsandbytes_checkpoint.BitsandbytesCheckpoint(CheckpointReader(tmp_path / "bnb"))
+    for name in checkpoint.shapes:
+        weight = checkpoint.weight(name)
         expected = dense.get_submodule(name).weight
         assert torch.equal(flute.dequantize(weight), expected), name
         assert torch.equal(model.get_submodule(name).dequantize(), expected), name

@@ -281,15 +281,15 @@ def edited(zoo, tmp_path, edit):
     return CheckpointReader(tmp_path)
 
 
-def test_tensors_are_converted_one_layer_at_a_time_and_equal_the_model(zoo):
-    checkpoint = original_checkpoint.OriginalCheckpoint(CheckpointReader(zoo))
-    layers = dict(original_checkpoint.convert_tensors(CheckpointReader(zoo)))
-    assert list(layers) == list(checkpoint.shapes)
-    assert len(layers) == 7
-    for name, weight in layers.items():
-        assert torch.equal(weight.codes, checkpoint.weight(name).codes)
-        assert weight.shape == checkpoint.shapes[name]
+def test_each_layer_that_is_converted_is_the_models(tmp_path):
+    dense = save_original(tmp_path / "zoo", 4)
+    checkpoint = original_checkpoint.OriginalCheckpoint(CheckpointReader(tmp_path / "zoo"))
+    assert len(checkpoint.shapes) == 7
+    for name, shape in checkpoint.shapes.items():
+        weight, expected = checkpoint.weight(name), dense.get_submodule(name).weight
+        assert weight.shape == shape
         assert weight.scales.dtype == torch.float16
+        assert torch.equal(flute.dequantize(weight, expected.dtype), expected)
 
 
 def test_layers_of_other_groups_become_overrides_and_mixed_dtypes_fp32_scales(zoo, tmp_path):
