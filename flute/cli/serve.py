@@ -55,8 +55,9 @@ def run(args: argparse.Namespace) -> int:
         )
     if "@" in args.model:
         raise CheckpointError(f"`{args.model}`: `@` stands for a revision. Rename the folder.")
-    if getattr(load_tokenizer(args.model), "chat_template", None) is None:
-        report("Its tokenizer has no chat template: /v1/chat/completions will fail.")
+    has_chat = getattr(load_tokenizer(args.model), "chat_template", None) is not None
+    if not has_chat:
+        report("Its tokenizer has no chat template: /v1/completions only, chats are refused.")
     _check_port(args.host, args.port)
     device = pick_device(args.device)
     quiet_transformers()
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     register()
     report(f"Loading {args.model}; then it answers at http://{args.host}:{args.port}/v1")
     try:
-        serve(args.model, device=device, host=args.host, port=args.port)
+        serve(args.model, has_chat=has_chat, device=device, host=args.host, port=args.port)
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(f"`{args.model}` cannot be served: {reason_of(error)}.") from error
     return 0

@@ -1,14 +1,16 @@
-"""transformers' own server, but for what it does with clients that go away, and its list of models.
+"""transformers' own server, but for clients that go away, chats without template, its model list.
 
 It finishes an answer nobody waits for, so that all other requests wait for minutes. Here the
 request of a client that has closed its connection is cancelled, and generation stops at the next
-token. Streams it ends itself.
+token. Streams it ends itself. A chat with a model that has no chat template it ends by a traceback
+and status 500; here it is refused in a line.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -60,6 +62,35 @@ class CancelOnDisconnect:
             messages.put_nowait(message)
 
 
+class RefuseChat:
+    """ASGI middleware that refuses chats, for a model whose tokenizer has no chat template.
+
+    Args:
+        app: the ASGI application.
+    """
+
+    def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Handle a connection, as ASGI has it."""
+        if scope["type"] != "http" or scope["path"] != "/v1/chat/completions":
+            await self.app(scope, receive, send)
+            return
+        told = (
+            "The model's tokenizer has no chat template. Use /v1/completions, or put the template "
+            "into the folder as chat_template.jinja and start the server again."
+        )
+        error = {"message": told, "type": "invalid_request_error", "param": None, "code": None}
+        body = json.dumps({"error": error}).encode()  # as OpenAI's clients read it
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+        ]
+        await send({"type": "http.response.start", "status": 400, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
 class _Stop(StoppingCriteria):  # type: ignore[misc]
     """Ends generation at the next token once it is set."""
 
@@ -91,11 +122,12 @@ class CancellableManager(utils.GenerateManager):  # type: ignore[misc]
             raise
 
 
-def serve(model: str, *, device: str, host: str, port: int) -> None:
+def serve(model: str, *, has_chat: bool, device: str, host: str, port: int) -> None:
     """Serve a model until interrupted.
 
     Args:
         model: a folder; its name as written is the model's name in requests.
+        has_chat: whether its tokenizer has a chat template.
         device: as torch names it.
         host: address to listen on.
         port: to listen on.
@@ -108,6 +140,8 @@ def serve(model: str, *, device: str, host: str, port: int) -> None:
 
     def build_server(*args: Any, **kwargs: Any) -> Any:
         app = build(*args, **kwargs)
+        if not has_chat:
+            app.add_middleware(RefuseChat)
         app.add_middleware(CancelOnDisconnect)
         return app
 

@@ -125,6 +125,18 @@ def test_an_openai_client_under_load(server, folder):
         client.completions.create(model="other", prompt=PROMPT)
 
 
+@pytest.mark.parametrize("server", ["flute"], indirect=True)
+def test_a_chat_without_a_template_is_refused_in_a_line(server, folder):
+    from openai import BadRequestError, OpenAI
+
+    client = OpenAI(base_url=server, api_key="none", timeout=120)
+    said = [{"role": "user", "content": "Who are you?"}]
+    with pytest.raises(BadRequestError, match=r"no chat template\. Use /v1/completions"):
+        client.chat.completions.create(model=folder, messages=said)
+    answer = client.completions.create(model=folder, prompt=PROMPT, max_tokens=2)
+    assert answer.usage.completion_tokens == 2
+
+
 def test_requests_of_clients_that_left_hold_nobody_up(server, folder):
     """A hundred answers of 200 tokens would take minutes; all but the last are cancelled."""
     from openai import AsyncOpenAI

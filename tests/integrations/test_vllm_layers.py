@@ -211,7 +211,9 @@ def test_the_entry_point_is_declared():
 def test_the_command_without_vllm_says_so(no_vllm, capsys):
     assert plugin.main(["vllm.entrypoints.openai.api_server", "--model", "m"]) == 1
     error = capsys.readouterr().err
-    assert "pip install vllm" in error
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (wanted,) = project["optional-dependencies"]["vllm"]
+    assert f"pip install '{wanted}'" in error
     assert len(error.strip().splitlines()) == 1
 
 
