@@ -74,13 +74,21 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Plan]:
         plan = Plan(replace(config, phased=phases > 1), phases, blocks_per_sm)
         if plan not in plans and not supports(plan, m, n, k, gpu):
             plans.append(plan)
+    modelled = m <= 8 and not row_tables and gpu.arch == "sm_90a"
+    return _by_model(plans, problem, gpu) if modelled else plans
+
+
+def _by_model(plans: list[Plan], problem: Problem, gpu: Gpu) -> list[Plan]:
+    """Return plans with the first dozen in the order of the model's times, but for close calls."""
     first = [plan for plan in plans[:TIMED] if not _spills(plan.config)]
-    if not first or m > 8 or row_tables or gpu.arch != "sm_90a":
+    if not first:
         return plans
+    m, n, k = problem[-3:]
     us = {plan: predicted_us(plan, m, n, k, gpu.num_sms) for plan in first}
     own = first[0]
     first.sort(key=lambda plan: us[plan])  # stable
-    if us[first[0]] > us[own] * (GAIN_TIGHT if 0 < group_size < 128 else GAIN):
+    gain = GAIN_TIGHT if 0 < problem.group_size < 128 else GAIN
+    if us[first[0]] > us[own] * gain:
         first.remove(own)
         first.insert(0, own)
     return first + [plan for plan in plans if plan not in first]
