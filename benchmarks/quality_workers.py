@@ -100,7 +100,10 @@ def run_in_workers(
 
 def _work(benches: dict[str, Any], todo: Any, done: Any) -> None:
     torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
     while (job := todo.get()) is not None:
+        if parent is None or not parent.is_alive():  # killed: nobody waits for what is left
+            return
         try:
             done.put((job, measure(benches, job), ""))
         except (RuntimeError, ValueError, OSError, ArithmeticError):  # the others are worth having
