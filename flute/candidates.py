@@ -127,8 +127,9 @@ def _preferred(problem: Problem, gpu: Gpu) -> list[Changes]:
     wide = {"num_warps": 16, "min_blocks": 1}
     kept = {"x_source": "registers"}
     tiles = 4 if tiles_per_sm > 2 else 2 if tiles_per_sm > 1 else 1
-    # Why tight: with more scales, 4 tiles would spill. NVRTC 13.5 spills 4 to 60 bytes on other
-    # architectures with two tiles or x of two rounds, or within 128 registers with x streamed.
+    # Why tight: with more scales some kernels of 4 tiles spill (`_spills` knows which on sm_90a).
+    # NVRTC 13.5 spills 4 to 60 bytes on other architectures with two tiles or x of two rounds, or
+    # within 128 registers with x streamed.
     tested = gpu.arch == "sm_90a"
     tight = 0 < group_size < 128 or not tested
     kept_tiles = (min(tiles, 2) if tight else tiles) if tested else 1

@@ -58,9 +58,9 @@ def test_the_first_dozen_change_places_and_no_others(problem, monkeypatch):
     ordered = candidates(problem, GPU)
     monkeypatch.setattr(module, "_by_model", lambda plans, *_: plans)
     rule = candidates(problem, GPU)
-    assert sorted(map(repr, ordered)) == sorted(map(repr, rule))
-    assert set(ordered[: len(rule)][:1]) <= set(rule[:TIMED])
+    first = [plan for plan in rule[:TIMED] if not module._spills(plan.config)]
+    assert set(ordered[: len(first)]) == set(first)
+    assert ordered[len(first) :] == [plan for plan in rule if plan not in first]
     us = [predicted_us(p, problem.m, problem.n, problem.k, GPU.num_sms) for p in ordered]
-    own = next(plan for plan in rule if not module._spills(plan.config))
-    if ordered[0] != own:
-        assert us[0] <= GAIN * us[ordered.index(own)]
+    if ordered[0] != first[0]:
+        assert us[0] <= GAIN * us[ordered.index(first[0])]
